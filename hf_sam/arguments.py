@@ -1,0 +1,186 @@
+"""The flags: a mixin dataclass, so that every `TrainingArguments` subclass can carry the same ones."""
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Literal
+
+from transformers import SchedulerType, TrainingArguments
+
+
+@dataclass
+class SAMArguments:
+    r"""Arguments of sharpness-aware training and of shortened annealing.
+
+    Mix it into any config dataclass, in front of it: `class MyConfig(SAMArguments, SFTConfig)`. Where a number of
+    steps is asked for, a value below 1 is a share of all steps, as in `save_steps` and `warmup_steps`.
+
+    Parameters for the perturbation:
+        sam_rho (`float`, *optional*, defaults to `0.0`):
+            Radius \\(\rho\\) of the perturbation \\(e = \rho g / \|g\|\\) (arXiv 2010.01412, eq. 2). `0` is plain
+            training. The paper of sharpness-aware pretraining (arXiv 2605.02105) uses 0.05.
+        sam_adaptive (`bool`, *optional*, defaults to `False`):
+            Adaptive SAM: \\(e = \rho w^2 g / \|w g\|\\) elementwise (arXiv 2102.11600, eq. 8). Its \\(\rho\\) is on
+            another scale; that paper uses 0.5 to 2.
+        sam_ascent_micro_batches (`float`, *optional*):
+            How many of the step's micro-batches the ascent gradient is taken over, or which share of them if below
+            1. All of them when omitted. A step costs 1 + k/N plain steps with k of N.
+        sam_ascent_sync (`str`, *optional*, defaults to `"global"`):
+            `"global"`: all ranks climb along the gradient of the global batch. `"local"`: each DDP replica climbs
+            along the gradient of its own micro-batches (m-sharpness), as in arXiv 2605.02105, without communication.
+        sam_target_modules (`list[str]`, *optional*):
+            Regular expressions (`re.search`) of the parameter names to perturb. All trainable ones when omitted.
+        sam_exclude_modules (`list[str]`, *optional*):
+            Regular expressions of the parameter names that are not perturbed.
+
+    Parameters for when SAM acts:
+        sam_start_steps (`float`, *optional*, defaults to `0`):
+            First optimizer step with SAM, counted from 0.
+        sam_end_steps (`float`, *optional*):
+            First optimizer step without SAM again. SAM acts until the end when omitted.
+        sam_interval (`int`, *optional*, defaults to `1`):
+            SAM acts in every this-many-th step of its window, the first one included.
+        sam_phase (`str`, *optional*, defaults to `"all"`):
+            `"anneal"` restricts SAM to the annealing phase that `anneal_steps` sets.
+
+    Parameters for shortened annealing:
+        anneal_steps (`float`, *optional*):
+            Length of the final decay of the learning rate; before it, the rate is constant (after `warmup_steps`).
+            Selects the host's `warmup_stable_decay` schedule.
+        anneal_type (`str`, *optional*, defaults to `"linear"`):
+            Shape of the decay: `"linear"`, `"cosine"` or `"1-sqrt"`.
+        anneal_min_lr_ratio (`float`, *optional*, defaults to `0.0`):
+            Learning rate at the end of the decay, as a share of `learning_rate`.
+
+    Raises:
+        ValueError: if a value is out of range, or contradicts another one.
+    """
+
+    sam_rho: float = field(
+        default=0.0,
+        metadata={"help": "Radius rho of the SAM perturbation e = rho * g / ||g||; 0 trains without SAM."},
+    )
+    sam_adaptive: bool = field(
+        default=False, metadata={"help": "Adaptive SAM (ASAM): e = rho * w^2 g / ||w g||, elementwise."}
+    )
+    sam_start_steps: float = field(
+        default=0.0, metadata={"help": "First optimizer step with SAM; below 1, a share of all steps."}
+    )
+    sam_end_steps: float | None = field(
+        default=None,
+        metadata={"help": "Optimizer step at which SAM ends; below 1, a share of all steps. Default: never."},
+    )
+    sam_interval: int = field(default=1, metadata={"help": "SAM acts in every this-many-th step of its window."})
+    sam_phase: Literal["all", "anneal"] = field(
+        default="all", metadata={"help": "Phase in which SAM acts: the whole run, or the annealing of `anneal_steps`."}
+    )
+    sam_ascent_micro_batches: float | None = field(
+        default=None,
+        metadata={
+            "help": "Number of the step's micro-batches that the ascent pass uses; below 1, a share. Default: all."
+        },
+    )
+    sam_ascent_sync: Literal["global", "local"] = field(
+        default="global",
+        metadata={
+            "help": "'global': climb along the gradient of the global batch. 'local': each DDP replica climbs along "
+            "its own gradient (m-sharpness)."
+        },
+    )
+    sam_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Regular expressions of the parameter names to perturb. Default: all trainable ones."},
+    )
+    sam_exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions of the parameter names that are not perturbed."}
+    )
+    anneal_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Length of the final decay of the learning rate after a constant phase; below 1, a share of all "
+            "steps. Uses the warmup_stable_decay schedule."
+        },
+    )
+    anneal_type: Literal["linear", "cosine", "1-sqrt"] = field(
+        default="linear", metadata={"help": "Shape of the final decay set by `anneal_steps`."}
+    )
+    anneal_min_lr_ratio: float = field(
+        default=0.0, metadata={"help": "Learning rate at the end of the final decay, as a share of the peak."}
+    )
+
+    def __post_init__(self):
+        self._check_sam()
+        host = getattr(super(), "__post_init__", None)
+        if host is not None:
+            host()
+        self._check_annealing()
+
+    def _check_sam(self):
+        if not (math.isfinite(self.sam_rho) and self.sam_rho >= 0):
+            raise ValueError(f"sam_rho={self.sam_rho} must be a finite number, 0 (no SAM) or larger.")
+        for name in ("sam_start_steps", "sam_end_steps", "anneal_steps", "sam_ascent_micro_batches"):
+            _check_count(name, getattr(self, name), zero_allowed=name == "sam_start_steps")
+        if isinstance(self.sam_interval, bool) or int(self.sam_interval) != self.sam_interval or self.sam_interval < 1:
+            raise ValueError(f"sam_interval={self.sam_interval} must be a whole number of steps, 1 or larger.")
+        end, start = self.sam_end_steps, self.sam_start_steps
+        if end is not None and (end < 1) == (start < 1) and end <= start:
+            raise ValueError(f"sam_end_steps={end} must be larger than sam_start_steps={start}.")
+        for name in ("sam_phase", "sam_ascent_sync", "anneal_type"):
+            choices = _choices(name)
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}.")
+        for name in ("sam_target_modules", "sam_exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+
+    def _check_annealing(self):
+        if not 0 <= self.anneal_min_lr_ratio < 1:
+            raise ValueError(f"anneal_min_lr_ratio={self.anneal_min_lr_ratio} must be at least 0 and below 1.")
+        if self.anneal_steps is None:
+            if self.sam_phase == "anneal":
+                raise ValueError(
+                    "sam_phase='anneal' needs an annealing phase: set anneal_steps, e.g. anneal_steps=0.1."
+                )
+            return
+        chosen = getattr(self, "lr_scheduler_type", None)
+        if chosen is None:
+            return
+        # A value that equals the default of the config class cannot be told from one that nobody gave.
+        given = SchedulerType(chosen) != SchedulerType(_default(type(self), "lr_scheduler_type"))
+        if given and chosen != SchedulerType.WARMUP_STABLE_DECAY:
+            raise ValueError(
+                f"anneal_steps={self.anneal_steps} holds the learning rate constant and then decays it, but "
+                f"lr_scheduler_type={SchedulerType(chosen).value!r} asks for another schedule. Drop one of the two."
+            )
+        reserved = {"num_decay_steps", "num_stable_steps", "decay_type", "min_lr_ratio"} & set(
+            self.lr_scheduler_kwargs or {}
+        )
+        if reserved:
+            raise ValueError(
+                f"anneal_steps sets {', '.join(sorted(reserved))} itself. Remove them from lr_scheduler_kwargs, or "
+                "drop anneal_steps and configure lr_scheduler_type='warmup_stable_decay' by hand."
+            )
+        self.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
+
+
+@dataclass
+class SAMTrainingArguments(SAMArguments, TrainingArguments):
+    """[`~transformers.TrainingArguments`] with the fields of [`SAMArguments`]."""
+
+
+def _check_count(name: str, value: float | None, zero_allowed: bool) -> None:
+    if value is None:
+        return
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
+        raise ValueError(f"{name}={value} must be a positive count, or a share of all of them below 1.")
+    if value > 1 and value != int(value):
+        raise ValueError(f"{name}={value} must be a whole number if larger than 1.")
+
+
+def _choices(name: str) -> tuple:
+    annotation = next(f.type for f in fields(SAMArguments) if f.name == name)
+    return annotation.__args__
+
+
+def _default(config_class: type, name: str):
+    config_field = next(f for f in fields(config_class) if f.name == name)
+    return config_field.default if config_field.default is not MISSING else config_field.default_factory()

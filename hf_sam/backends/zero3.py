@@ -1,0 +1,86 @@
+"""DeepSpeed ZeRO stage 3: every parameter lives as one flat shard a rank and is gathered when it is used.
+
+Each rank writes cast(master + e) into its shards; the forward pass gathers perturbed weights by itself. Small
+parameters that DeepSpeed keeps gathered are partitioned before the change and gathered again after it. Where weights
+train in fp32, DeepSpeed lets the shards be the masters; only those are copied aside, and put back before the step.
+"""
+
+import dataclasses
+
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
+
+from ..perturbation import Fragment
+from .zero import ZeroBackend
+
+
+class Zero3Backend(ZeroBackend):
+    """Backend for DeepSpeed ZeRO stage 3, with or without offload to the CPU."""
+
+    private_names = (
+        "_partition_all_parameters",
+        "persistent_parameters",
+        "averaged_gradients",
+        "grad_partitions_flat_buffer",
+        "offload_optimizer",
+        "fp32_partitioned_groups_flat",
+        "reset_cpu_buffers",
+        "dp_process_group",
+        "master_weights_and_grads_dtype",
+    )
+
+    def __init__(self, accelerator, model, **kwargs):
+        super().__init__(accelerator, model, **kwargs)
+        self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def _fragments(self):
+        return [
+            Fragment(
+                name=name,
+                weight=param.ds_tensor.detach().view(-1),
+                master=safe_get_local_fp32_param(param).detach().view(-1),
+                grad=safe_get_local_grad(param).view(-1),
+            )
+            for name, param in self.selected.items()
+        ]
+
+    def _hold(self, fragments):
+        self._perturbed = True
+        self.optimizer._partition_all_parameters()
+        held = []
+        for fragment in fragments:
+            if fragment.master.data_ptr() == fragment.weight.data_ptr():
+                fragment = dataclasses.replace(fragment, master=fragment.weight.clone())
+                self._saved.append((fragment.weight, fragment.master))
+            held.append(fragment)
+        return held
+
+    def _publish(self):
+        persistent = self.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def _before_engine_step(self):
+        for weight, copy in self._saved:
+            weight.copy_(copy)
+        self._saved = []
+
+    def _put_back(self):
+        self.optimizer._partition_all_parameters()
+        self._before_engine_step()
+        for param in self.selected.values():
+            master = safe_get_local_fp32_param(param)
+            if master.data_ptr() != param.ds_tensor.data_ptr():
+                param.ds_tensor.detach().view(-1).copy_(master.view(-1))
+        self._publish()
+
+    def _reset_accumulation(self):
+        optimizer = self.optimizer
+        # Also resets the counters that decide whether the next backward starts or continues an accumulation.
+        optimizer.zero_grad(set_to_none=True)
+        # A parameter without gradient in the descent pass (an expert that is not routed to) must find zeros here.
+        optimizer.grad_partitions_flat_buffer.zero_()
+        if optimizer.offload_optimizer:
+            optimizer.reset_cpu_buffers()
+            for masters in optimizer.fp32_partitioned_groups_flat:
+                masters.grad.zero_()

@@ -1,0 +1,83 @@
+"""Which parameters SAM perturbs: regular expressions over the names that the user knows them by."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+
+# Prefixes that wrappers (DDP, torch.compile, activation checkpointing, FSDP) put into parameter names.
+_WRAPPER_PARTS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """The parameter name as the unwrapped model spells it."""
+    for part in _WRAPPER_PARTS:
+        if part == "module.":
+            # Only DDP's and DeepSpeed's leading wrapper: a model may well have a submodule called "module".
+            name = name.removeprefix(part)
+        else:
+            name = name.replace(part, "")
+    return name
+
+
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Trainable parameters by plain name; a tied parameter appears once, under its first name."""
+    return {plain_name(name): param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def select_names(
+    names: Iterable[str], target: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> set[str]:
+    """Names that some `target` pattern matches and no `exclude` pattern does (`re.search` for both).
+
+    Args:
+        names (`Iterable[str]`): names of the trainable parameters.
+        target (`Sequence[str]`, *optional*): patterns of the parameters to perturb; all of them when omitted.
+        exclude (`Sequence[str]`, *optional*): patterns of the parameters to leave out.
+
+    Raises:
+        ValueError: if there is no trainable parameter, a pattern is not a regular expression or matches nothing
+            (the message lists names that come near it), or nothing is left to perturb.
+    """
+    names = list(names)
+    if not names:
+        raise ValueError(
+            "SAM found no trainable parameter to perturb. Unfreeze the parameters to be trained, or set sam_rho=0."
+        )
+    targeted = _matches(names, target, "sam_target_modules") if target else set(names)
+    selected = targeted - (_matches(names, exclude, "sam_exclude_modules") if exclude else set())
+    if not selected:
+        raise ValueError(
+            f"sam_target_modules={target} and sam_exclude_modules={exclude} together leave no parameter to perturb. "
+            "Loosen one of them, or set sam_rho=0 to train without SAM."
+        )
+    return selected
+
+
+def _matches(names: list[str], patterns: Sequence[str], field: str) -> set[str]:
+    found = set()
+    for pattern in patterns:
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{field}: {pattern!r} is not a regular expression: {error}.") from error
+        hits = {name for name in names if expression.search(name)}
+        if not hits:
+            raise ValueError(
+                f"{field}: {pattern!r} matches none of the {len(names)} trainable parameters. "
+                f"Names that come near it: {', '.join(_near(names, pattern))}."
+            )
+        found |= hits
+    return found
+
+
+def _near(names: list[str], pattern: str, count: int = 5) -> list[str]:
+    """Full names ranked by how well any of their dotted parts resembles the pattern."""
+    wanted = re.sub(r"[\\^$*+?()|\[\]{}]", "", pattern).strip(".")
+
+    def likeness(name: str) -> float:
+        candidates = [name, *name.split(".")]
+        return max(difflib.SequenceMatcher(None, wanted, candidate).ratio() for candidate in candidates)
+
+    return sorted(names, key=likeness, reverse=True)[:count]

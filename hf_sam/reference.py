@@ -1,0 +1,85 @@
+"""The SAM step in its plainest form: one process, fp32, nothing clever. The oracle of the tests.
+
+Read it against Foret et al. (arXiv 2010.01412, algorithm 1) or Kwon et al. (arXiv 2102.11600, algorithm 1). It is slow
+and keeps every intermediate value; training goes through [`SAMTrainer`].
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class ReferenceStep:
+    """Result of [`sam_step`].
+
+    Attributes:
+        loss (`float`): loss at w, over all micro-batches.
+        perturbed_loss (`float`): loss at w + e, over all micro-batches.
+        ascent_grad_norm (`float`): ||g|| (ASAM: ||w g||).
+    """
+
+    loss: float
+    perturbed_loss: float
+    ascent_grad_norm: float
+
+
+def sam_step(
+    model: torch.nn.Module,
+    micro_batches: Sequence[Any],
+    loss_of: Callable[[torch.nn.Module, Any], torch.Tensor],
+    rho: float,
+    adaptive: bool = False,
+    ascent_micro_batches: int | None = None,
+    perturbed_names: set[str] | None = None,
+) -> ReferenceStep:
+    """Leave the gradient at w + e in the parameters of `model`, and w in their values.
+
+    Args:
+        model (`torch.nn.Module`): model whose trainable parameters are w.
+        micro_batches (`Sequence`): micro-batches of one optimizer step.
+        loss_of (`Callable`): loss of a micro-batch, shape `()`; the losses of all micro-batches add up to the loss of
+            the step.
+        rho (`float`): radius of the perturbation.
+        adaptive (`bool`, defaults to `False`): ASAM instead of SAM.
+        ascent_micro_batches (`int`, *optional*): take g over the first so many micro-batches only.
+        perturbed_names (`set[str]`, *optional*): names of the parameters to perturb; all trainable ones if omitted.
+    """
+    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    if perturbed_names is None:
+        perturbed_names = set(trainable)
+
+    def gradient(batches):
+        total = torch.zeros(())
+        for param in trainable.values():
+            param.grad = None
+        for batch in batches:
+            loss = loss_of(model, batch)
+            loss.backward()
+            total = total + loss.detach()
+        return total.item(), {name: p.grad.clone() for name, p in trainable.items() if p.grad is not None}
+
+    w = {name: param.detach().clone() for name, param in trainable.items()}
+
+    # Ascent pass: g = grad L(w).
+    loss, g = gradient(micro_batches)
+    if ascent_micro_batches is not None:
+        _, g = gradient(micro_batches[:ascent_micro_batches])
+    g = {name: grad for name, grad in g.items() if name in perturbed_names}
+
+    # e = rho * g / ||g||, or e = rho * w^2 g / ||w g||.
+    scaled = {name: w[name] * grad if adaptive else grad for name, grad in g.items()}
+    norm = torch.sqrt(sum((s * s).sum() for s in scaled.values()))
+    e = {name: rho * (w[name] * s if adaptive else s) / (norm + 1e-12) for name, s in scaled.items()}
+
+    # Descent pass: grad L(w + e), left in the parameters.
+    with torch.no_grad():
+        for name in e:
+            trainable[name].copy_(w[name] + e[name])
+    perturbed_loss, _ = gradient(micro_batches)
+    with torch.no_grad():
+        for name in e:
+            trainable[name].copy_(w[name])
+    return ReferenceStep(loss=loss, perturbed_loss=perturbed_loss, ascent_grad_norm=norm.item())

@@ -1,0 +1,66 @@
+"""When SAM acts and when the learning rate anneals, in optimizer steps."""
+
+import math
+from dataclasses import dataclass
+
+from .arguments import SAMArguments
+
+
+def resolve_count(value: float, total: int) -> int:
+    """A count, or a share of `total` rounded up if below 1: the convention of `save_steps` and `warmup_steps`."""
+    return int(value) if value >= 1 else math.ceil(total * value)
+
+
+@dataclass(frozen=True)
+class SAMWindow:
+    """The optimizer steps in which SAM acts: `start, start + interval, ...` below `end`."""
+
+    start: int
+    end: int
+    interval: int
+
+    @classmethod
+    def resolve(cls, args: SAMArguments, max_steps: int) -> "SAMWindow":
+        """Window that `args` ask for in a run of `max_steps` optimizer steps."""
+        start = resolve_count(args.sam_start_steps, max_steps)
+        end = max_steps if args.sam_end_steps is None else resolve_count(args.sam_end_steps, max_steps)
+        if args.sam_phase == "anneal":
+            start = max(start, max_steps - resolve_count(args.anneal_steps, max_steps))
+        return cls(start=start, end=min(end, max_steps), interval=args.sam_interval)
+
+    def __contains__(self, step: int) -> bool:
+        return self.start <= step < self.end and (step - self.start) % self.interval == 0
+
+    def __len__(self) -> int:
+        return len(range(self.start, self.end, self.interval))
+
+
+def annealing_kwargs(args: SAMArguments, max_steps: int, warmup_steps: int) -> dict:
+    """Arguments of the host's `warmup_stable_decay` schedule for the annealing that `args` ask for.
+
+    Args:
+        args ([`SAMArguments`]): with `anneal_steps` set.
+        max_steps (`int`): number of optimizer steps of the run.
+        warmup_steps (`int`): number of warmup steps.
+
+    Raises:
+        ValueError: if warmup and annealing do not fit into the run.
+    """
+    decay_steps = resolve_count(args.anneal_steps, max_steps)
+    if warmup_steps + decay_steps > max_steps:
+        raise ValueError(
+            f"anneal_steps={args.anneal_steps} ({decay_steps} steps) and the warmup of {warmup_steps} steps do not fit "
+            f"into a run of {max_steps} steps. Shorten one of them, or train longer."
+        )
+    return {
+        "num_decay_steps": decay_steps,
+        "decay_type": args.anneal_type,
+        "min_lr_ratio": args.anneal_min_lr_ratio,
+    }
+
+
+def ascent_count(args: SAMArguments, micro_batches: int) -> int:
+    """How many of the step's `micro_batches` the ascent pass uses: at least one, at most all."""
+    if args.sam_ascent_micro_batches is None:
+        return micro_batches
+    return min(micro_batches, max(1, resolve_count(args.sam_ascent_micro_batches, micro_batches)))

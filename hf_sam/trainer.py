@@ -1,0 +1,200 @@
+"""`SAMTrainer`, and the mixin that gives the two-pass step to any `Trainer`."""
+
+import contextlib
+
+import torch
+from accelerate.logging import get_logger
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
+
+from .arguments import SAMArguments
+from .backends import Backend, check_supported, select_backend
+from .metrics import SAMMetrics
+from .parameters import select_names, trainable_parameters
+from .replay import buffers_preserved
+from .schedule import SAMWindow, annealing_kwargs, ascent_count
+from .step import TwoPassStep
+
+logger = get_logger(__name__)
+
+# Far from 1, the stored weights did not take the perturbation that was asked for.
+_KEPT_RANGE = (0.5, 1.5)
+
+
+class SAMMixin:
+    """Sharpness-aware training for any [`~transformers.Trainer`] subclass: `class MyTrainer(SAMMixin, Base)`.
+
+    Each optimizer step inside the window that the arguments set takes two passes over its micro-batches: the first
+    gives the ascent gradient g, the second the gradient at w + e, with which the host then clips and steps from w.
+    Everywhere else, and with `sam_rho=0`, the step is the host's own.
+
+    The arguments must carry the fields of [`SAMArguments`]. While SAM acts, the `loss` that the host logs stays the
+    one at the unperturbed weights, and the metrics of [`~hf_sam.metrics.SAMMetrics`] join the logs.
+
+    Raises:
+        ValueError: at construction, if the arguments have no SAM fields or ask for something that cannot be done
+            right; the message names the remedy.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, SAMArguments):
+            raise ValueError(
+                f"{type(self).__name__} needs arguments with SAM fields, but got {type(self.args).__name__}. Pass "
+                "hf_sam.SAMTrainingArguments, or a config of your own with hf_sam.SAMArguments mixed in: "
+                f"class MyConfig(SAMArguments, {type(self.args).__name__})."
+            )
+        self._sam_metrics = SAMMetrics(self.accelerator)
+        self._sam_step = TwoPassStep(self.accelerator, self._sam_metrics, lambda: self.sam_replay_context(self.model))
+        self._sam_backend: Backend | None = None
+        self._check_annealing()
+        if self.args.sam_rho > 0:
+            self._check_sam()
+
+    # The step.
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self._sam_acts():
+            return super().training_step(model, inputs, num_items_in_batch)
+        host_step = super().training_step
+        micro_batches = self._micro_batches()
+        try:
+            return self._sam_step.add(
+                lambda batch: host_step(model, batch, num_items_in_batch),
+                inputs,
+                self._backend_for(model),
+                rho=self.args.sam_rho,
+                step=self.state.global_step,
+                micro_batches=micro_batches,
+                ascent_micro_batches=ascent_count(self.args, micro_batches),
+            )
+        except BaseException:
+            # The host may wrap the model anew (auto_find_batch_size) and wants the memory of the old one.
+            self._sam_backend = None
+            raise
+
+    def train(self, *args, **kwargs):
+        self._sam_metrics.reset()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._sam_backend = None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # Called once an optimizer step, before its first micro-batch: a step that a callback stopped half-way must
+        # not leak into this one.
+        self._sam_step.begin()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def sam_replay_context(self, model: torch.nn.Module) -> contextlib.AbstractContextManager:
+        """Around each micro-batch that is computed a second time, at the perturbed weights.
+
+        Keeps what a forward pass advances from advancing twice; here, the buffers of `model`. Override and combine
+        with `super()` if your `compute_loss` counts or records something.
+        """
+        return buffers_preserved(model)
+
+    def _sam_acts(self) -> bool:
+        # Without an optimizer nothing is being trained: whoever calls the step wants loss and gradient at w.
+        if self.args.sam_rho <= 0 or self.optimizer is None:
+            return False
+        return self.state.global_step in SAMWindow.resolve(self.args, self.state.max_steps)
+
+    def _micro_batches(self) -> int:
+        # The last step of an epoch may have fewer than the arguments say.
+        return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+
+    def _backend_for(self, model) -> Backend:
+        if self._sam_backend is None or self._sam_backend.model is not model:
+            self._sam_backend = select_backend(
+                self.accelerator,
+                model,
+                adaptive=self.args.sam_adaptive,
+                ascent_sync=self.args.sam_ascent_sync,
+                target=self.args.sam_target_modules,
+                exclude=self.args.sam_exclude_modules,
+                seed=self.args.seed,
+            )
+            if self._sam_backend.has_coarse_weights():
+                logger.warning(
+                    "SAM perturbs 16-bit weights that have no fp32 copy. Stochastic rounding keeps the perturbation "
+                    "right on average, but adds rounding noise that can be larger than the perturbation itself. For "
+                    "an exact step load the model in float32 and train with bf16=True or fp16=True."
+                )
+        return self._sam_backend
+
+    # What surrounds it.
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.args.anneal_steps is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        given = self.args.lr_scheduler_kwargs
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        self.args.lr_scheduler_kwargs = {
+            **(given or {}),
+            **annealing_kwargs(self.args, num_training_steps, warmup),
+        }
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            # The saved arguments stay as the user gave them.
+            self.args.lr_scheduler_kwargs = given
+
+    def floating_point_ops(self, inputs):
+        operations = super().floating_point_ops(inputs)
+        if not self._sam_acts():
+            return operations
+        micro_batches = self._micro_batches()
+        return operations * (1 + ascent_count(self.args, micro_batches) / micro_batches)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            sam_logs = self._sam_metrics.pop()
+            self._warn_if_rounded_away(sam_logs.get("sam/perturbation_kept", 1.0))
+            logs.update(sam_logs)
+        return super().log(logs, start_time)
+
+    def _warn_if_rounded_away(self, kept: float):
+        low, high = _KEPT_RANGE
+        if not low <= kept <= high:
+            logger.warning(
+                f"Of the SAM perturbation, the stored weights kept {kept:.2f} instead of 1: it is lost in their "
+                "rounding. Load the model in float32 and train with bf16=True or fp16=True, or raise sam_rho."
+            )
+
+    # What is refused.
+
+    def _check_sam(self):
+        check_supported(self.accelerator, self.args.sam_ascent_sync)
+        optim = OptimizerNames(self.args.optim)
+        if optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO) or "layerwise" in optim.value:
+            raise ValueError(
+                f"SAM does not support optim={optim.value!r}, which updates the weights inside the backward pass, so "
+                "that there is no gradient to climb along. Use another optimizer, e.g. optim='adamw_torch'."
+            )
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            raise ValueError(
+                "SAM does not support a model that was sharded while it was loaded (`distributed_config`). Load it "
+                "normally and let the Trainer shard it with FSDP2 or DeepSpeed."
+            )
+        # A wrong pattern should be told now, not after the data was prepared and the model was sharded.
+        select_names(trainable_parameters(self.model), self.args.sam_target_modules, self.args.sam_exclude_modules)
+
+    def _check_annealing(self):
+        if self.args.anneal_steps is None:
+            return
+        if self.lr_scheduler is not None:
+            raise ValueError(
+                "anneal_steps sets the learning-rate schedule, but a scheduler was passed in `optimizers`. Pass "
+                "`optimizers=(optimizer, None)`, or drop anneal_steps."
+            )
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and "scheduler" in plugin.deepspeed_config:
+            raise ValueError(
+                "anneal_steps sets the learning-rate schedule, but the DeepSpeed config has a `scheduler` of its own. "
+                "Remove it from the config, or drop anneal_steps."
+            )
+
+
+class SAMTrainer(SAMMixin, Trainer):
+    """[`~transformers.Trainer`] with sharpness-aware steps; takes [`SAMTrainingArguments`]. See [`SAMMixin`]."""

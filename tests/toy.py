@@ -1,0 +1,80 @@
+"""Small real models and data that the tests share."""
+
+import torch
+from transformers import Olmo2Config, Olmo2ForCausalLM
+
+from hf_sam import SAMTrainer, SAMTrainingArguments
+
+VOCABULARY = 64
+
+
+def olmo2(seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float32, **overrides) -> Olmo2ForCausalLM:
+    """A two-layer OLMo-2 of about 25,000 weights."""
+    config = Olmo2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        attention_dropout=dropout,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **overrides,
+    )
+    torch.manual_seed(seed)
+    # Not `from_config`: its initialization would depend on the default dtype of the process.
+    return Olmo2ForCausalLM(config).to(dtype)
+
+
+def token_dataset(rows: int = 64, length: int = 16, seed: int = 1) -> list[dict]:
+    """Rows of random tokens of which a varying share is padding, so that micro-batches weigh differently."""
+    generator = torch.Generator().manual_seed(seed)
+    dataset = []
+    for _ in range(rows):
+        real = int(torch.randint(length // 2, length + 1, (1,), generator=generator))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        mask = (torch.arange(length) < real).long()
+        labels = torch.where(mask.bool(), ids, -100)
+        dataset.append({"input_ids": torch.where(mask.bool(), ids, 0), "attention_mask": mask, "labels": labels})
+    return dataset
+
+
+def arguments(output_dir, **overrides) -> SAMTrainingArguments:
+    """Arguments of a short, deterministic, quiet run on the CPU."""
+    settings = {
+        "output_dir": str(output_dir),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 7,
+        **overrides,
+    }
+    return SAMTrainingArguments(**settings)
+
+
+def trainer(output_dir, model=None, dataset=None, trainer_class=SAMTrainer, **overrides):
+    """A trainer on the toy model and data."""
+    return trainer_class(
+        model=olmo2() if model is None else model,
+        args=arguments(output_dir, **overrides),
+        train_dataset=token_dataset() if dataset is None else dataset,
+    )
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters and buffers by name."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def step_logs(trained) -> list[dict]:
+    """The logs of the single training steps, without wall-clock entries."""
+    return [entry for entry in trained.state.log_history if "loss" in entry]
