@@ -16,8 +16,8 @@ class ReferenceStep:
     """Result of [`sam_step`].
 
     Attributes:
-        loss (`float`): loss at w, over all micro-batches.
-        perturbed_loss (`float`): loss at w + e, over all micro-batches.
+        loss (`float`): loss at w, over the micro-batches of the ascent pass.
+        perturbed_loss (`float`): loss at w + e, over the same micro-batches.
         ascent_grad_norm (`float`): ||g|| (ASAM: ||w g||).
     """
 
@@ -51,23 +51,22 @@ def sam_step(
     if perturbed_names is None:
         perturbed_names = set(trainable)
 
-    def gradient(batches):
-        total = torch.zeros(())
+    def accumulate_gradient(batches) -> list[float]:
         for param in trainable.values():
             param.grad = None
+        losses = []
         for batch in batches:
             loss = loss_of(model, batch)
             loss.backward()
-            total = total + loss.detach()
-        return total.item(), {name: p.grad.clone() for name, p in trainable.items() if p.grad is not None}
+            losses.append(loss.item())
+        return losses
 
     w = {name: param.detach().clone() for name, param in trainable.items()}
+    k = len(micro_batches) if ascent_micro_batches is None else ascent_micro_batches
 
     # Ascent pass: g = grad L(w).
-    loss, g = gradient(micro_batches)
-    if ascent_micro_batches is not None:
-        _, g = gradient(micro_batches[:ascent_micro_batches])
-    g = {name: grad for name, grad in g.items() if name in perturbed_names}
+    losses = accumulate_gradient(micro_batches[:k])
+    g = {name: trainable[name].grad for name in perturbed_names if trainable[name].grad is not None}
 
     # e = rho * g / ||g||, or e = rho * w^2 g / ||w g||.
     scaled = {name: w[name] * grad if adaptive else grad for name, grad in g.items()}
@@ -78,8 +77,8 @@ def sam_step(
     with torch.no_grad():
         for name in e:
             trainable[name].copy_(w[name] + e[name])
-    perturbed_loss, _ = gradient(micro_batches)
+    perturbed_losses = accumulate_gradient(micro_batches)
     with torch.no_grad():
         for name in e:
             trainable[name].copy_(w[name])
-    return ReferenceStep(loss=loss, perturbed_loss=perturbed_loss, ascent_grad_norm=norm.item())
+    return ReferenceStep(loss=sum(losses), perturbed_loss=sum(perturbed_losses[:k]), ascent_grad_norm=norm.item())

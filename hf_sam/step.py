@@ -79,6 +79,8 @@ class TwoPassStep:
             step the shares add up to the loss at w, estimated from the ascent micro-batches if they are not all.
         """
         self._window.append(_MicroBatch(inputs))
+        if len(self._window) == 1:
+            backend.begin_step()
         weight = micro_batches / ascent_micro_batches
         if not self._accelerator.sync_gradients:
             if len(self._window) >= ascent_micro_batches:

@@ -29,6 +29,29 @@ def olmo2(seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float3
     return Olmo2ForCausalLM(config).to(dtype)
 
 
+class Branches(torch.nn.Module):
+    """A small language model with two output layers, of which each forward pass uses the one it did not use last.
+
+    So the ascent pass leaves one of them without gradient and the descent pass the other: what an expert that is
+    routed to in only one of the passes looks like.
+    """
+
+    loss_type = "ForCausalLM"  # labels are shifted here, so the host must not count the first one of a row
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.embedding = torch.nn.Embedding(VOCABULARY, 16)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(16, VOCABULARY) for _ in range(2))
+        self.calls = 0
+
+    def forward(self, input_ids, labels=None, num_items_in_batch=None, attention_mask=None, **kwargs):
+        logits = self.heads[self.calls % 2](torch.tanh(self.embedding(input_ids)))
+        self.calls += 1
+        total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return {"loss": total / num_items_in_batch, "logits": logits}
+
+
 def token_dataset(rows: int = 64, length: int = 16, seed: int = 1) -> list[dict]:
     """Rows of random tokens of which a varying share is padding, so that micro-batches weigh differently."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 A SAM step drives its backend in this order, alike on every rank:
 
+    backend.begin_step()                before the first forward of the step
     with backend.ascent_pass():         the last backward of the ascent set; afterwards the gradients hold g
         ...
     with backend.descent_pass():
@@ -64,6 +65,9 @@ class Backend:
         self.trainable = trainable_parameters(model)
         selected = select_names(self.trainable, target, exclude)
         self.selected = {name: param for name, param in self.trainable.items() if name in selected}
+
+    def begin_step(self) -> None:
+        """Before the first forward of a step: no gradient of an earlier step may be in the way of the ascent."""
 
     def ascent_pass(self) -> contextlib.AbstractContextManager:
         """Around the last forward and backward of the ascent set."""

@@ -48,6 +48,11 @@ class ZeroBackend(Backend):
         self._perturbed = False
         self._restores = 0
 
+    def begin_step(self):
+        # DeepSpeed keeps the last gradient of a parameter that a backward pass leaves out (an expert, say); in the
+        # ascent gradient it would count again.
+        self._reset_accumulation()
+
     def ascent_pass(self):
         return self._shadowed_step(lambda *args, **kwargs: None)
 

@@ -1,0 +1,56 @@
+"""The training runs whose trajectories every strategy has to share."""
+
+from dataclasses import dataclass, field
+
+GLOBAL_BATCH = 8  # rows of a micro-batch, summed over ranks
+MAX_STEPS = 6
+LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True, eq=False)  # hashable by identity; the fields hold dicts
+class Case:
+    """One run: what differs from plain SAM of a small OLMo-2 in fp32 without accumulation."""
+
+    name: str
+    accumulation: int = 1
+    sam: dict = field(default_factory=lambda: {"sam_rho": 0.05})
+    model: str = "olmo2"
+    dropout: float = 0.0
+    bf16: bool = False
+    offload: bool = False
+    only: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> dict:
+        return {
+            "max_steps": MAX_STEPS,
+            "learning_rate": LEARNING_RATE,
+            "gradient_accumulation_steps": self.accumulation,
+            "bf16": self.bf16,
+            **self.sam,
+        }
+
+
+ASAM = {"sam_rho": 0.5, "sam_adaptive": True}
+TARGETED = {"sam_rho": 0.05, "sam_target_modules": [r"mlp", r"norm"], "sam_exclude_modules": [r"layers\.0\.mlp\.up"]}
+
+CASES = (
+    Case("sam"),
+    Case("sam_accumulation", accumulation=2),
+    Case("asam", sam=ASAM),
+    Case("asam_accumulation", accumulation=2, sam=ASAM),
+    Case("first_of_three", accumulation=3, sam={"sam_rho": 0.05, "sam_ascent_micro_batches": 1}),
+    Case("targeted", sam=TARGETED),
+    Case("lora", accumulation=2, model="lora"),
+    Case("branches", model="branches"),
+    Case("bf16", accumulation=2, bf16=True),
+    Case("branches_offload", model="branches", offload=True, only=("zero2", "zero3")),
+    Case("offload", accumulation=2, offload=True, only=("fsdp2", "zero1", "zero2", "zero3")),
+    Case("local_ascent", accumulation=2, sam={"sam_rho": 0.05, "sam_ascent_sync": "local"}, only=("ddp",)),
+    Case("plain", accumulation=2, sam={"sam_rho": 0.0}),
+)
+
+
+def cases_of(strategy: str) -> list[Case]:
+    """The cases that `strategy` runs."""
+    return [case for case in CASES if not case.only or strategy in case.only]

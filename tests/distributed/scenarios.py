@@ -1,0 +1,151 @@
+"""What can happen to a run besides going well, played through under every strategy."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from distributed.cases import Case
+from toy import step_logs
+from transformers import Trainer, TrainerCallback
+
+from hf_sam import SAMTrainer
+
+
+class _FailsInDescentPass(SAMTrainer):
+    """Raises after the second forward pass of the second descent pass of a step with two micro-batches."""
+
+    calls = 0
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.calls += 1
+        if self.calls == 8:
+            raise KeyboardInterrupt
+        return loss
+
+
+def interrupted(strategy: str, output_dir: Path) -> None:
+    """Ctrl-C in the descent pass of the second step: the weights are those after the first step."""
+    from distributed import worker
+
+    case = Case("interrupted", accumulation=2)
+    trainer = worker.build_trainer(strategy, case, output_dir, trainer_class=_FailsInDescentPass)
+    recorder = _WeightsAfterSteps(worker, trainer)
+    trainer.add_callback(recorder)
+    raised = False
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        raised = True
+    worker.save(
+        trainer,
+        output_dir / "interrupted.pt",
+        raised=raised,
+        before=recorder.weights[0],
+        after=worker.full_weights(trainer),
+        gradients=[name for name, param in trainer.model.named_parameters() if param.grad is not None],
+    )
+
+
+class _WeightsAfterSteps(TrainerCallback):
+    def __init__(self, worker, trainer):
+        self._worker, self._trainer = worker, trainer
+        self.weights = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.weights.append(self._worker.full_weights(self._trainer))
+
+
+def switched_off(strategy: str, output_dir: Path) -> None:
+    """The host's own trainer, SAM with rho 0, and SAM outside of its window, with dropout."""
+    from distributed import worker
+
+    results = {}
+    for name, trainer_class, sam in (
+        ("host", Trainer, {}),
+        ("rho_zero", SAMTrainer, {"sam_rho": 0.0}),
+        ("outside", SAMTrainer, {"sam_rho": 0.05, "sam_start_steps": 100}),
+    ):
+        case = Case("switched_off", accumulation=2, sam=sam, dropout=0.1)
+        trainer = worker.build_trainer(strategy, case, output_dir, trainer_class=trainer_class, max_steps=3)
+        trainer.train()
+        results[name] = {
+            "logs": step_logs(trainer),
+            "weights": worker.full_weights(trainer),
+            "random_state": torch.get_rng_state(),
+        }
+    worker.save(trainer, output_dir / "switched_off.pt", **results)
+
+
+class _OverflowsInAscentPass(SAMTrainer):
+    """The loss of the last rank is infinite in the first pass of the second step."""
+
+    calls = 0
+    overflows = True
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.calls += 1
+        last_rank = self.accelerator.process_index == self.accelerator.num_processes - 1
+        return loss * float("inf") if self.overflows and self.calls == 3 and last_rank else loss
+
+
+def overflow(strategy: str, output_dir: Path) -> None:
+    """One rank's ascent gradient overflows in the second step: that step is a plain one on all ranks."""
+    from distributed import worker
+
+    case = Case("overflow")
+    trainer = worker.build_trainer(strategy, case, output_dir, trainer_class=_OverflowsInAscentPass, max_steps=2)
+    trainer.train()
+    # The same two steps with SAM switched off in the second one.
+    plain = worker.build_trainer(strategy, case, output_dir, max_steps=2, sam_end_steps=1)
+    plain.train()
+    worker.save(
+        trainer,
+        output_dir / "overflow.pt",
+        logs=step_logs(trainer),
+        weights=worker.full_weights(trainer),
+        plain=worker.full_weights(plain),
+    )
+
+
+def resumed(strategy: str, output_dir: Path) -> None:
+    """Save after two steps of four, with dropout; go on from there in a new trainer."""
+    from distributed import worker
+
+    case = Case("resumed", accumulation=2, dropout=0.1)
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = worker.build_trainer(strategy, case, output_dir, **settings)
+    recorder = _WeightsAfterSteps(worker, whole)
+    whole.add_callback(recorder)
+    whole.train()
+    checkpoint = Path(whole.args.output_dir) / "checkpoint-2"
+    again = worker.build_trainer(strategy, case, output_dir, **settings)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    results = {"whole": worker.full_weights(whole), "again": worker.full_weights(again)}
+    if whole.is_world_process_zero():
+        results["at_save"] = recorder.weights[1]
+        results["saved"] = _saved_weights(checkpoint)
+        results["optimizer_keys"] = _optimizer_keys(checkpoint)
+    worker.save(whole, output_dir / "resumed.pt", **results)
+    whole.accelerator.wait_for_everyone()
+    if whole.is_world_process_zero():
+        shutil.rmtree(whole.args.output_dir)
+
+
+def _saved_weights(checkpoint: Path):
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint / "model.safetensors") if (checkpoint / "model.safetensors").exists() else None
+
+
+def _optimizer_keys(checkpoint: Path) -> list[str] | None:
+    """Names of the state that the saved optimizer keeps for each parameter."""
+    path = checkpoint / "optimizer.pt"
+    if not path.exists():
+        return None
+    state = torch.load(path, weights_only=True)["state"]
+    return sorted({key for entry in state.values() for key in entry})
+
+
+ALL = (interrupted, switched_off, overflow, resumed)

@@ -1,0 +1,35 @@
+"""How each distributed strategy is asked for in the training arguments."""
+
+import copy
+
+WORLD_SIZE = 2
+
+DISTRIBUTED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+STRATEGIES = ("single", *DISTRIBUTED)
+
+
+def strategy_arguments(strategy: str, offload: bool = False, gradient_accumulation_steps: int = 1) -> dict:
+    """Training arguments that select `strategy`; `offload` keeps optimizer state (FSDP2: weights) on the CPU."""
+    if strategy == "fsdp2":
+        config = {"version": 2, "transformer_layer_cls_to_wrap": ["Olmo2DecoderLayer"], "cpu_offload": offload}
+        return {"fsdp": True, "fsdp_config": config}
+    if strategy.startswith("zero"):
+        zero = {
+            "stage": int(strategy[-1]),
+            # Small enough that some parameters stay gathered and others do not, and that there are many buckets.
+            "stage3_param_persistence_threshold": 200,
+            "reduce_bucket_size": 5000,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+        if offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        config = {
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,
+            "gradient_accumulation_steps": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+        }
+        return {"deepspeed": copy.deepcopy(config)}
+    return {}

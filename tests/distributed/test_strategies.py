@@ -1,0 +1,129 @@
+"""Every strategy takes the same steps as the plain reference, and keeps its promises when something goes wrong."""
+
+import functools
+
+import pytest
+import torch
+from distributed import oracle
+from distributed.cases import CASES, Case, cases_of
+from distributed.launch import launch
+from distributed.strategies import DISTRIBUTED, STRATEGIES, WORLD_SIZE
+
+# fp32 sums in another order differ by 1e-7; Adam divides by small numbers, which costs up to one more digit.
+FP32_TOLERANCE = 1e-5
+# bf16 has 8 bits: losses and norms agree to a few parts in a thousand, and so do weights after six steps that each
+# move a weight by at most a tenth of its size.
+BF16_LOSS_TOLERANCE = 5e-3
+BF16_NORM_TOLERANCE = 5e-2
+BF16_WEIGHT_TOLERANCE = 1e-2
+
+METRICS = ("loss", "grad_norm", "sam/perturbed_loss", "sam/ascent_grad_norm")
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """Results of the worker by strategy and name; the worker of a strategy runs once, when it is first asked for."""
+
+    @functools.cache
+    def output_of(strategy):
+        output_dir = tmp_path_factory.mktemp(strategy)
+        launch(strategy, output_dir)
+        return output_dir
+
+    return lambda strategy, name: torch.load(output_of(strategy) / f"{name}.pt", weights_only=False)
+
+
+@pytest.fixture(scope="session")
+def expected():
+    return functools.cache(lambda case: oracle.trajectory(case, WORLD_SIZE if case.name == "local_ascent" else 1))
+
+
+def relative_distance(weights, reference) -> float:
+    assert set(weights) == set(reference)
+    difference = sum((weights[name].float() - reference[name].float()).square().sum() for name in reference)
+    return (difference / sum(value.float().square().sum() for value in reference.values())).sqrt().item()
+
+
+def largest_difference(logs, reference, name) -> float:
+    return max(abs(mine[name] - theirs[name]) for mine, theirs in zip(logs, reference, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "case"),
+    [pytest.param(s, c, id=f"{s}-{c.name}") for s in STRATEGIES for c in cases_of(s) if not c.bf16],
+)
+def test_trajectory_follows_the_reference(results, expected, strategy, case):
+    trained, reference = results(strategy, case.name), expected(case)
+    metrics = METRICS if case.sam["sam_rho"] else METRICS[:2]
+    for name in metrics:
+        assert largest_difference(trained["logs"], reference["logs"], name) <= FP32_TOLERANCE, name
+    assert relative_distance(trained["weights"], reference["weights"]) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_trajectory_stays_near_the_fp32_reference(results, expected, strategy):
+    case = next(case for case in CASES if case.bf16)
+    trained, reference = results(strategy, case.name), expected(case)
+    assert largest_difference(trained["logs"], reference["logs"], "loss") <= BF16_LOSS_TOLERANCE
+    assert largest_difference(trained["logs"], reference["logs"], "sam/perturbed_loss") <= BF16_LOSS_TOLERANCE
+    assert largest_difference(trained["logs"], reference["logs"], "grad_norm") <= BF16_NORM_TOLERANCE
+    assert relative_distance(trained["weights"], reference["weights"]) <= BF16_WEIGHT_TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_keep_the_whole_perturbation(results, strategy):
+    for name, tolerance in (("sam", 1e-5), ("bf16", 0.05)):
+        kept = [entry["sam/perturbation_kept"] for entry in results(strategy, name)["logs"]]
+        assert kept == pytest.approx([1.0] * len(kept), abs=tolerance), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_interrupt_in_the_descent_pass_leaves_the_original_weights(results, strategy):
+    outcome = results(strategy, "interrupted")
+    assert outcome["raised"]
+    assert not outcome["gradients"]
+    assert_bitwise(outcome["after"], outcome["before"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("variant", ["rho_zero", "outside"])
+def test_without_sam_the_run_is_bitwise_the_hosts(results, strategy, variant):
+    outcome = results(strategy, "switched_off")
+    assert outcome[variant]["logs"] == outcome["host"]["logs"]
+    assert_bitwise(outcome[variant]["weights"], outcome["host"]["weights"])
+    assert torch.equal(outcome[variant]["random_state"], outcome["host"]["random_state"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_overflow_on_one_rank_is_a_plain_step_on_all(results, strategy):
+    outcome = results(strategy, "overflow")
+    assert [entry["sam/skipped"] for entry in outcome["logs"]] == [0, 1]
+    assert_bitwise(outcome["weights"], outcome["plain"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(results, strategy):
+    outcome = results(strategy, "resumed")
+    assert_bitwise(outcome["again"], outcome["whole"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpoint_holds_unperturbed_weights_and_no_sam_state(results, strategy):
+    outcome = results(strategy, "resumed")
+    if outcome["saved"] is not None:
+        assert_bitwise(outcome["saved"], outcome["at_save"])
+    if outcome["optimizer_keys"] is not None:
+        assert outcome["optimizer_keys"] == ["exp_avg", "exp_avg_sq", "step"]
+
+
+def assert_bitwise(weights, reference):
+    assert set(weights) == set(reference)
+    for name, value in reference.items():
+        assert torch.equal(weights[name], value), name
+
+
+def test_strategies_cover_every_backend():
+    """The matrix above must not lose a backend when somebody edits the lists."""
+    assert set(DISTRIBUTED) == {"ddp", "fsdp2", "zero1", "zero2", "zero3"}
+    assert {case.accumulation for case in CASES} >= {1, 2}
+    assert all(isinstance(case, Case) for case in CASES)
