@@ -6,19 +6,16 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-# Prefixes that wrappers (DDP, torch.compile, activation checkpointing, FSDP) put into parameter names.
-_WRAPPER_PARTS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+# What torch.compile, activation checkpointing and FSDP put into parameter names, at any depth.
+_WRAPPER_PARTS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 def plain_name(name: str) -> str:
     """The parameter name as the unwrapped model spells it."""
     for part in _WRAPPER_PARTS:
-        if part == "module.":
-            # Only DDP's and DeepSpeed's leading wrapper: a model may well have a submodule called "module".
-            name = name.removeprefix(part)
-        else:
-            name = name.replace(part, "")
-    return name
+        name = name.replace(part, "")
+    # DDP's and DeepSpeed's wrapper, in front only: a model may well have a submodule of that name.
+    return name.removeprefix("module.")
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -48,7 +48,9 @@ class Branches(torch.nn.Module):
     def forward(self, input_ids, labels=None, num_items_in_batch=None, attention_mask=None, **kwargs):
         logits = self.heads[self.calls % 2](torch.tanh(self.embedding(input_ids)))
         self.calls += 1
-        total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        total = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
         return {"loss": total / num_items_in_batch, "logits": logits}
 
 

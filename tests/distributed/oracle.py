@@ -74,7 +74,9 @@ def _loss(model, batch) -> torch.Tensor:
     """Summed next-token loss, from the logits: independent of how the host or the model normalizes."""
     outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **_extra(model, batch))
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
 
 
 def _extra(model, batch):

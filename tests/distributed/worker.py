@@ -1,7 +1,7 @@
 """Runs everything that the tests ask of one strategy, alone or as a rank under torchrun, and writes the results.
 
-    python worker.py single OUT
-    torchrun --standalone --nproc_per_node 2 worker.py zero2 OUT [NAME ...]
+python worker.py single OUT
+torchrun --standalone --nproc_per_node 2 worker.py zero2 OUT [NAME ...]
 """
 
 import os

@@ -1,0 +1,133 @@
+"""Real text that is on any machine with the dependencies installed: no network, no hub.
+
+Pretraining text is the English of the docstrings of torch and transformers; the fine-tuning task is the grade-school
+word problems of the reasoning-gym package, with their worked solutions.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import itertools
+import re
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import datasets
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+CORPUS_PACKAGES = ("torch", "transformers")
+SHORTEST_DOCSTRING = 200  # characters; shorter ones are mostly boilerplate
+HELD_OUT_SHARE = 0.04
+IGNORED = -100
+
+
+def load_corpus(text_file: str | None = None) -> tuple[list[str], list[str]]:
+    """Training and held-out documents; the split depends on each document alone, so it is the same on all machines.
+
+    Args:
+        text_file (`str`, *optional*): a text file with documents separated by blank lines, instead of docstrings.
+
+    Raises:
+        ValueError: if there is too little text to train on.
+    """
+    if text_file is not None:
+        documents = [part.strip() for part in re.split(r"\n\s*\n", Path(text_file).read_text(encoding="utf-8"))]
+    else:
+        files = [
+            path
+            for package in CORPUS_PACKAGES
+            for path in sorted(Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
+        ]
+        with ProcessPoolExecutor() as pool:
+            documents = list(itertools.chain.from_iterable(pool.map(docstrings, files, chunksize=64)))
+    documents = list(dict.fromkeys(document for document in documents if document))
+    held_out = [document for document in documents if _fraction(document) < HELD_OUT_SHARE]
+    train = [document for document in documents if _fraction(document) >= HELD_OUT_SHARE]
+    if len(held_out) < 8 or sum(map(len, train)) < 50_000:
+        raise ValueError(
+            f"The corpus has only {sum(map(len, train)):,} characters in {len(documents)} documents. Give --text_file "
+            "a larger text, with its documents separated by blank lines."
+        )
+    return train, held_out
+
+
+def docstrings(path: Path) -> list[str]:
+    """The long docstrings of one Python file."""
+    source = path.read_text(encoding="utf-8", errors="replace")
+    if '"""' not in source:
+        return []
+    try:
+        pending = [ast.parse(source)]
+    except SyntaxError:  # templates and test fixtures that are not meant to be imported
+        return []
+    found = []
+    while pending:
+        node = pending.pop()
+        text = ast.get_docstring(node)
+        if text and len(text) >= SHORTEST_DOCSTRING:
+            found.append(text)
+        pending.extend(
+            child for child in node.body if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        )
+    return found
+
+
+def _fraction(document: str) -> float:
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:4], "big") / 2**32
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocab_size` entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> datasets.Dataset:
+    """The documents, end to end with an end-of-text token between them, cut into rows of `length` tokens."""
+    ids = []
+    for encoded in tokenizer(documents)["input_ids"]:
+        ids.extend(encoded)
+        ids.append(tokenizer.eos_token_id)
+    rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
+
+
+def word_problems(tokenizer: PreTrainedTokenizerFast, count: int, length: int, seed: int) -> datasets.Dataset:
+    """`count` word problems with worked solutions, padded to `length`; the loss is over the solution only.
+
+    Problems that do not fit into `length` tokens are left out and replaced by the next ones.
+    """
+    import reasoning_gym
+
+    source = reasoning_gym.create_dataset("gsm_symbolic", size=4 * count, seed=seed)
+    columns: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for problem in source:
+        prompt = tokenizer(f"Question: {_one_line(problem['question'])}\nAnswer:")["input_ids"]
+        solution = tokenizer(f" {_one_line(problem['metadata']['answer_cot'])}")["input_ids"]
+        ids = [*prompt, *solution, tokenizer.eos_token_id]
+        if len(ids) > length:
+            continue
+        padding = length - len(ids)
+        columns["input_ids"].append(ids + [tokenizer.pad_token_id] * padding)
+        columns["attention_mask"].append([1] * len(ids) + [0] * padding)
+        columns["labels"].append([IGNORED] * len(prompt) + ids[len(prompt) :] + [IGNORED] * padding)
+        if len(columns["labels"]) == count:
+            return datasets.Dataset.from_dict(columns).with_format("torch")
+    raise ValueError(
+        f"Only {len(columns['labels'])} of {4 * count} word problems fit into {length} tokens, and {count} are needed. "
+        "Raise the sequence length."
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
