@@ -58,12 +58,19 @@ def squared_norms(fragments: list[Fragment], adaptive: bool) -> list[torch.Tenso
     """||g||^2 (ASAM: ||w g||^2) of each fragment, fp32, each of shape `()`."""
     if adaptive:
         return [_squared_norm_adaptive(fragment) for fragment in fragments]
-    return [torch.linalg.vector_norm(fragment.grad, dtype=torch.float32).square() for fragment in fragments]
+    return [
+        torch.linalg.vector_norm(fragment.grad, dtype=_at_least_fp32(fragment.grad.dtype)).square()
+        for fragment in fragments
+    ]
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.float32, dtype)
 
 
 def _squared_norm_adaptive(fragment: Fragment) -> torch.Tensor:
     pieces = [
-        torch.linalg.vector_norm(weight.to(grad.device).float() * grad.float()).square()
+        torch.linalg.vector_norm(weight.to(grad.device, _at_least_fp32(weight.dtype)) * grad.float()).square()
         for weight, grad in chunks(fragment.master, fragment.grad)
     ]
     return torch.stack(pieces).sum()
@@ -142,7 +149,7 @@ def _perturb_mixed(fragment, scale, finite, adaptive, generator, measure):
     device = fragment.grad.device
     scale, blocked = scale.to(device), ~finite.to(device)
     for weight, master, grad in chunks(fragment.weight, fragment.master, fragment.grad):
-        exact = master.to(device, torch.promote_types(torch.float32, master.dtype))
+        exact = master.to(device, _at_least_fp32(master.dtype))
         ascent = grad.to(exact.dtype) * scale
         if adaptive:
             ascent.mul_(exact).mul_(exact)
