@@ -16,6 +16,7 @@ the weights out between them.
 """
 
 import contextlib
+import hashlib
 
 import torch
 
@@ -170,9 +171,10 @@ class Backend:
     def _generator(self, step: int) -> torch.Generator:
         # A stream of its own, a pure function of seed and step: the global one stays as in plain training, and a
         # resumed run draws what the uninterrupted one would have drawn.
-        generator = torch.Generator(device=self._noise_device())
-        mixed = (self.seed * 1_000_003 + step) * 65_537 + self._noise_rank()
-        return generator.manual_seed(mixed % (1 << 63))
+        # Hashed, because a small seed would repeat the numbers that initialized the weights.
+        key = f"hf-sam stochastic rounding {self.seed} {step} {self._noise_rank()}".encode()
+        seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
+        return torch.Generator(device=self._noise_device()).manual_seed(seed)
 
     def _noise_device(self) -> torch.device:
         return next(iter(self.selected.values())).device
