@@ -84,6 +84,8 @@ def _check_deepspeed(plugin) -> None:
     for part in ("offload_optimizer", "offload_param"):
         if (zero.get(part) or {}).get("device") == "nvme":
             raise ValueError(f"SAM does not support NVMe {part}: set its device to 'cpu' or 'none'.")
+    if (zero.get("offload_optimizer") or {}).get("super_offload"):
+        raise ValueError("SAM does not support `offload_optimizer.super_offload`: set it to false.")
     for option, off in _ZERO_OPTIONS_OFF.items():
         if zero.get(option, off) not in (off, None):
             raise ValueError(
@@ -113,5 +115,4 @@ _ZERO_OPTIONS_OFF = {
     "zero_quantized_gradients": False,
     "mics_shard_size": -1,
     "zenflow": None,
-    "super_offload": False,
 }

@@ -1,0 +1,111 @@
+"""What cannot be done right is refused at construction, with the remedy in the message."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from toy import arguments, olmo2, token_dataset, trainer
+from transformers import TrainingArguments
+
+from hf_sam import SAMTrainer
+from hf_sam.backends import check_supported
+
+
+def accelerator(kind, **state):
+    """As much of an accelerator as the check looks at, around accelerate's own plugins."""
+    return SimpleNamespace(distributed_type=kind, state=SimpleNamespace(**state), parallelism_config=None)
+
+
+def deepspeed(stage=2, zero=None, **config):
+    settings = {
+        "zero_optimization": {"stage": stage, **(zero or {})},
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        **config,
+    }
+    return accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda: deepspeed(stage=0), "stage 1, 2 or 3, or plain DDP"),
+        (lambda: deepspeed(3, {"offload_optimizer": {"device": "nvme", "nvme_path": "x"}}), "'cpu' or 'none'"),
+        (lambda: deepspeed(3, {"offload_param": {"device": "nvme", "nvme_path": "x"}}), "'cpu' or 'none'"),
+        (lambda: deepspeed(3, {"zero_hpz_partition_size": 4}), "zero_hpz_partition_size"),
+        (lambda: deepspeed(3, {"zero_quantized_weights": True}), "zero_quantized_weights"),
+        (lambda: deepspeed(2, {"zenflow": {"topk_ratio": 0.1}}), "zenflow"),
+        (lambda: deepspeed(3, {"offload_optimizer": {"device": "cpu", "super_offload": True}}), "super_offload"),
+        (lambda: deepspeed(2, optimizer={"type": "Muon", "params": {}}), "Use AdamW"),
+        (lambda: deepspeed(3, compile={"deepcompile": True}), "deepcompile"),
+        (lambda: deepspeed(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}), "Use stage 2"),
+        (lambda: accelerator(DistributedType.MEGATRON_LM), "DDP, FSDP2, or DeepSpeed"),
+        (
+            lambda: accelerator(DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=1)),
+            "Use FSDP2",
+        ),
+    ],
+)
+def test_set_up_without_backend_is_refused(refused, message):
+    with pytest.raises(ValueError, match=message):
+        check_supported(refused())
+
+
+@pytest.mark.parametrize(
+    "supported",
+    [
+        lambda: deepspeed(1),
+        lambda: deepspeed(2, {"offload_optimizer": {"device": "cpu"}}),
+        lambda: deepspeed(3, {"offload_param": {"device": "cpu"}, "zero_quantized_weights": False}),
+        lambda: deepspeed(3, {"offload_param": {"device": "none"}, "zero_hpz_partition_size": 1}),
+        lambda: deepspeed(2, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}),
+        lambda: accelerator(DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)),
+        lambda: accelerator(DistributedType.MULTI_GPU),
+    ],
+)
+def test_supported_set_up_passes(supported):
+    check_supported(supported())
+
+
+@pytest.mark.parametrize(
+    "sharded",
+    [
+        lambda: deepspeed(2),
+        lambda: accelerator(DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)),
+    ],
+)
+def test_local_ascent_needs_whole_weights(sharded):
+    with pytest.raises(ValueError, match="sam_ascent_sync='global', or DDP"):
+        check_supported(sharded(), ascent_sync="local")
+
+
+@pytest.mark.parametrize("dimension", ["cp", "sp", "tp"])
+def test_splitting_a_micro_batch_over_ranks_is_refused(dimension):
+    split = accelerator(DistributedType.MULTI_GPU)
+    split.parallelism_config = SimpleNamespace(**{f"{dimension}_enabled": True})
+    with pytest.raises(ValueError, match=f"{dimension}_size"):
+        check_supported(split)
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_in_the_backward_pass_are_refused(tmp_path, optim):
+    with pytest.raises(ValueError, match=f"{optim}.*adamw_torch"):
+        trainer(tmp_path, sam_rho=0.05, optim=optim)
+    trainer(tmp_path, sam_rho=0.0, optim=optim)  # nothing of SAM's business
+
+
+def test_arguments_without_sam_fields_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"SAMTrainer needs.*TrainingArguments.*SAMTrainingArguments"):
+        SAMTrainer(model=olmo2(), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_a_pattern_without_match_is_told_at_construction(tmp_path):
+    with pytest.raises(ValueError, match="sam_target_modules: 'q_prj'"):
+        trainer(tmp_path, sam_rho=0.05, sam_target_modules=["q_prj"])
+
+
+def test_nothing_to_train_is_told_at_construction(tmp_path):
+    model = olmo2().requires_grad_(False)
+    with pytest.raises(ValueError, match="Unfreeze"):
+        SAMTrainer(model=model, args=arguments(tmp_path, sam_rho=0.05), train_dataset=token_dataset(rows=4))
