@@ -48,7 +48,7 @@ class QuickstartArguments:
     pretrain_learning_rate: float = field(default=5e-3, metadata={"help": "Constant learning rate of pretraining."})
     fine_tune_steps: int = field(default=60, metadata={"help": "Optimizer steps of each fine-tuning run."})
     fine_tune_learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4, 1e-3, 2e-3], metadata={"help": "Learning rates of the fine-tuning runs."}
+        default_factory=lambda: [2e-4, 4e-4, 8e-4], metadata={"help": "Learning rates of the fine-tuning runs."}
     )
     text_file: str | None = field(
         default=None, metadata={"help": "Pretrain on this text file instead of docstrings; blank lines end documents."}

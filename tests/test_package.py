@@ -1,0 +1,82 @@
+"""What gets installed: typed, light to import, and working from a wheel."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What the extras bring; importing hf_sam must work without any of it.
+OPTIONAL = (
+    "trl",
+    "peft",
+    "datasets",
+    "deepspeed",
+    "bitsandbytes",
+    "evaluate",
+    "lm_eval",
+    "matplotlib",
+    "reasoning_gym",
+)
+
+
+def test_importing_needs_only_torch_transformers_and_accelerate():
+    program = (
+        "import sys\n"
+        f"for name in {OPTIONAL!r}: sys.modules[name] = None\n"
+        "import hf_sam\n"
+        "print(hf_sam.SAMTrainer.__name__, hf_sam.__version__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["SAMTrainer", version("hf-sam")]
+
+
+def test_public_names_and_typing_marker():
+    import hf_sam
+
+    assert set(hf_sam.__all__) == {"SAMArguments", "SAMMixin", "SAMTrainer", "SAMTrainingArguments", "__version__"}
+    assert (Path(hf_sam.__file__).parent / "py.typed").exists()
+
+
+def test_changelog_knows_the_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## \[{re.escape(version('hf-sam'))}\]", changelog, re.MULTILINE)
+
+
+def test_nothing_but_the_backends_knows_deepspeed_or_fsdp():
+    outside = [path for path in (ROOT / "hf_sam").glob("*.py") if path.name != "__init__.py"]
+    for path in outside:
+        for line in path.read_text().splitlines():
+            assert not re.match(r"\s*(from|import) (deepspeed|torch\.distributed)", line), f"{path.name}: {line}"
+
+
+@pytest.mark.slow
+def test_wheel_installed_in_an_empty_environment_trains(tmp_path):
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("hf_sam-*.whl")
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True, timeout=120)
+    python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
+    constraints = ["-c", str(ROOT / "constraints.txt")]
+    subprocess.run([python, "-m", "pip", "install", "-q", *constraints, "torch"], check=True, timeout=900)
+    subprocess.run([python, "-m", "pip", "install", "-q", *constraints, str(wheel)], check=True, timeout=900)
+    program = """
+import hf_sam, torch
+from transformers import Olmo2Config, Olmo2ForCausalLM
+assert "site-packages" in hf_sam.__file__
+config = Olmo2Config(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                     num_key_value_heads=2, pad_token_id=0)
+rows = [{"input_ids": torch.arange(1, 9), "labels": torch.arange(1, 9)}] * 8
+args = hf_sam.SAMTrainingArguments(output_dir="out", max_steps=2, sam_rho=0.05, use_cpu=True, report_to="none",
+                                   logging_steps=1, save_strategy="no")
+trainer = hf_sam.SAMTrainer(model=Olmo2ForCausalLM(config), args=args, train_dataset=rows)
+trainer.train()
+assert all(entry["sam/sharpness"] > 0 for entry in trainer.state.log_history[:2]), trainer.state.log_history
+"""
+    subprocess.run([python, "-c", program], check=True, timeout=300, cwd=tmp_path)

@@ -1,0 +1,65 @@
+"""What the README shows exists and runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from toy import olmo2, token_dataset
+
+from hf_sam import SAMArguments
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_diff_runs_as_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (diff,) = code_blocks("diff")
+    program = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+    assert 'output_dir="out"' in program
+    program = program.replace('output_dir="out"', 'output_dir="out", use_cpu=True, max_steps=2, report_to="none"')
+    names = {"model": olmo2(), "dataset": token_dataset(rows=16)}
+    exec(program, names)
+    assert names["trainer"].state.global_step == 2
+    assert names["args"].sam_rho > 0
+
+
+def test_every_flag_is_in_the_table_and_nothing_else():
+    rows = re.findall(r"^\| (`[^|]*`) \|", README, re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert listed == set(SAMArguments.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http|#)([^)#]+)\)", README))))
+def test_linked_files_exist(path):
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\b(?:recipes|benchmarks|tests|hf_sam)/[\w/]+\.py", README))))
+def test_named_scripts_exist(path):
+    assert (ROOT / path).exists()
+
+
+def test_ci_runs_the_test_command_that_the_readme_shows():
+    (command,) = [line for block in code_blocks("bash") for line in block.splitlines() if line.endswith("-m pytest")]
+    for step in command.split(" && "):
+        assert step in (ROOT / ".ci" / "run").read_text(), step
+
+
+def test_tested_versions_are_those_of_the_constraint_files():
+    for column, file in ((1, "constraints.txt"), (2, "constraints-lowest.txt")):
+        pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / file).read_text(), re.MULTILINE))
+        for name in ("torch", "transformers", "accelerate", "deepspeed", "peft"):
+            row = re.search(rf"^\| {name} \|(.*)\|$", README, re.MULTILINE)[1]
+            shown = row.split("|")[column - 1].strip()
+            assert (pinned[name] + ".").startswith(shown + "."), (name, shown)
+    lower = (ROOT / "pyproject.toml").read_text()
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints-lowest.txt").read_text(), re.MULTILINE))
+    for name, release in pinned.items():
+        bounds = re.findall(rf'"{name}>=([\d.]+)"', lower)
+        assert bounds, name
+        assert all((release + ".").startswith(bound + ".") for bound in bounds), (name, bounds)
