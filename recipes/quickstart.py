@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
-from quickstart_data import load_corpus, pack, train_tokenizer, word_problems
+from quickstart_data import load_corpus, pack, train_tokenizer, without_common_padding, word_problems
 from quickstart_measure import forgetting_at, load_nf4, matched_loss, mean_loss, plot, table
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, Olmo2Config, Olmo2ForCausalLM, TrainerCallback
@@ -42,11 +42,11 @@ class QuickstartArguments:
     output_dir: str = field(default="outputs/quickstart", metadata={"help": "Where results and models go."})
     seed: int = field(default=42, metadata={"help": "Seed of initialization and data order."})
     sam_rho: float = field(default=0.4, metadata={"help": "Radius of the SAM perturbation."})
-    pretrain_steps: int = field(default=2400, metadata={"help": "Optimizer steps at a constant learning rate."})
-    anneal_steps: int = field(default=400, metadata={"help": "Optimizer steps of the linear anneal to 0."})
-    short_anneal_steps: int = field(default=50, metadata={"help": "Optimizer steps of the shortened anneal."})
+    pretrain_steps: int = field(default=1600, metadata={"help": "Optimizer steps at a constant learning rate."})
+    anneal_steps: int = field(default=320, metadata={"help": "Optimizer steps of the linear anneal to 0."})
+    short_anneal_steps: int = field(default=40, metadata={"help": "Optimizer steps of the shortened anneal."})
     pretrain_learning_rate: float = field(default=5e-3, metadata={"help": "Constant learning rate of pretraining."})
-    fine_tune_steps: int = field(default=60, metadata={"help": "Optimizer steps of each fine-tuning run."})
+    fine_tune_steps: int = field(default=50, metadata={"help": "Optimizer steps of each fine-tuning run."})
     fine_tune_learning_rates: list[float] = field(
         default_factory=lambda: [2e-4, 4e-4, 8e-4], metadata={"help": "Learning rates of the fine-tuning runs."}
     )
@@ -87,7 +87,13 @@ class Quickstart:
         return SAMTrainingArguments(**{**defaults, **overrides})
 
     def train(self, label: str, model, dataset, args: SAMTrainingArguments, resume_from: str | None = None):
-        trainer = SAMTrainer(model=model, args=args, train_dataset=dataset, callbacks=[_Progress(self.bar, label)])
+        trainer = SAMTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=without_common_padding,
+            callbacks=[_Progress(self.bar, label)],
+        )
         # The host prints its logs where it has no bar of its own; there is one bar for everything here.
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=resume_from)

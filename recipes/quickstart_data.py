@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import datasets
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -127,6 +128,15 @@ def word_problems(tokenizer: PreTrainedTokenizerFast, count: int, length: int, s
         f"Only {len(columns['labels'])} of {4 * count} word problems fit into {length} tokens, and {count} are needed. "
         "Raise the sequence length."
     )
+
+
+def without_common_padding(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of `rows`, cut to its longest row."""
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    if "attention_mask" in batch:
+        longest = int(batch["attention_mask"].sum(dim=1).max())
+        batch = {key: value[:, :longest] for key, value in batch.items()}
+    return batch
 
 
 def _one_line(text: str) -> str:

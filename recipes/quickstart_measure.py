@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from quickstart_data import IGNORED
+from quickstart_data import IGNORED, without_common_padding
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -16,7 +16,9 @@ def mean_loss(model: torch.nn.Module, dataset: datasets.Dataset, batch_size: int
     """Loss in nats per predicted token: the sum over all tokens divided by their number."""
     model.eval()
     total, tokens = 0.0, 0
-    for batch in dataset.iter(batch_size):
+    for start in range(0, len(dataset), batch_size):
+        stop = min(start + batch_size, len(dataset))
+        batch = without_common_padding([dataset[row] for row in range(start, stop)])
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1]
         losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
