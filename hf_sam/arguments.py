@@ -108,18 +108,31 @@ class SAMArguments:
     )
 
     def __post_init__(self):
-        self._check_sam()
+        self._check_values()
         host = getattr(super(), "__post_init__", None)
         if host is not None:
             host()
         self._check_annealing()
 
-    def _check_sam(self):
+    def check_sam(self) -> None:
+        """Check the fields of this class again, after some of them were set by hand.
+
+        Raises:
+            ValueError: if a value is out of range, or contradicts another one.
+        """
+        self._check_values()
+        self._check_annealing()
+
+    def _check_values(self):
+        for name in _FLOAT_FIELDS:
+            setattr(self, name, _as_float(name, getattr(self, name)))
+        if not isinstance(self.sam_adaptive, bool):
+            raise ValueError(f"sam_adaptive={self.sam_adaptive!r} must be true or false.")
         if not (math.isfinite(self.sam_rho) and self.sam_rho >= 0):
             raise ValueError(f"sam_rho={self.sam_rho} must be a finite number, 0 (no SAM) or larger.")
         for name in ("sam_start_steps", "sam_end_steps", "anneal_steps", "sam_ascent_micro_batches"):
             _check_count(name, getattr(self, name), zero_allowed=name == "sam_start_steps")
-        if isinstance(self.sam_interval, bool) or int(self.sam_interval) != self.sam_interval or self.sam_interval < 1:
+        if isinstance(self.sam_interval, bool) or not isinstance(self.sam_interval, int) or self.sam_interval < 1:
             raise ValueError(f"sam_interval={self.sam_interval} must be a whole number of steps, 1 or larger.")
         end, start = self.sam_end_steps, self.sam_start_steps
         if end is not None and (end < 1) == (start < 1) and end <= start:
@@ -165,6 +178,28 @@ class SAMArguments:
 @dataclass
 class SAMTrainingArguments(SAMArguments, TrainingArguments):
     """[`~transformers.TrainingArguments`] with the fields of [`SAMArguments`]."""
+
+
+_FLOAT_FIELDS = (
+    "sam_rho",
+    "sam_start_steps",
+    "sam_end_steps",
+    "sam_ascent_micro_batches",
+    "anneal_steps",
+    "anneal_min_lr_ratio",
+)
+
+
+def _as_float(name: str, value):
+    """The number that `value` is; YAML reads 5e-2 as a string, which the host accepts for its own rates too."""
+    if value is None and name in ("sam_end_steps", "sam_ascent_micro_batches", "anneal_steps"):
+        return None
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value) if isinstance(value, str) else value + 0
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} must be a number.") from None
 
 
 def _check_count(name: str, value: float | None, zero_allowed: bool) -> None:

@@ -9,6 +9,7 @@ is here once: the norm of the ascent gradient, and the move to w + e with
 all in fp32. Nothing here waits for the device: a non-finite gradient becomes e = 0 by masking, not by a branch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +88,7 @@ def apply(
     scale: torch.Tensor,
     finite: torch.Tensor,
     adaptive: bool,
-    generator: torch.Generator | None,
+    noise: Callable[[torch.device], torch.Generator] | None,
     measure: bool,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Write w + e into the weights of all fragments, e = scale * g (ASAM: scale * w^2 g).
@@ -97,8 +98,8 @@ def apply(
         scale (`torch.Tensor`): result of [`ascent_scale`].
         finite (`torch.Tensor`): bool, shape `()`; e = 0 where False.
         adaptive (`bool`): ASAM instead of SAM.
-        generator (`torch.Generator` or `None`): randomness for weights that need stochastic rounding, or `None` to
-            round to nearest (which loses the perturbation; kept for comparison).
+        noise (`Callable` or `None`): gives the generator of a device for weights that need stochastic rounding;
+            `None` rounds to nearest (which loses the perturbation; kept for comparison).
         measure (`bool`): whether to compute what of e the weights kept.
 
     Returns:
@@ -111,7 +112,7 @@ def apply(
     moved = []
     for fragment in fragments:
         if not _is_plain_fp32(fragment):
-            moved.append(_perturb_mixed(fragment, scale, finite, adaptive, generator, measure))
+            moved.append(_perturb_mixed(fragment, scale, finite, adaptive, noise, measure))
         elif measure:
             pieces = chunks(fragment.weight, fragment.master, fragment.grad)
             moved.append(_add_up(_projection(*piece) for piece in pieces))
@@ -140,12 +141,12 @@ def _perturb_fp32(fragments, scale, finite, adaptive):
         torch._foreach_add_([fragment.weight for fragment in here], grads)
 
 
-def _perturb_mixed(fragment, scale, finite, adaptive, generator, measure):
+def _perturb_mixed(fragment, scale, finite, adaptive, noise, measure):
     """Fragments with a 16-bit or an offloaded member go through fp32 scratch chunks on the device of the gradient."""
     moved = []
     # Where w is held in fp32, the cast below already dithers e by the spread of w; only a weight that is its own
     # master would round e away.
-    dither = generator is not None and is_low_precision(fragment.master.dtype)
+    dither = noise is not None and is_low_precision(fragment.master.dtype)
     device = fragment.grad.device
     scale, blocked = scale.to(device), ~finite.to(device)
     for weight, master, grad in chunks(fragment.weight, fragment.master, fragment.grad):
@@ -155,7 +156,9 @@ def _perturb_mixed(fragment, scale, finite, adaptive, generator, measure):
             ascent.mul_(exact).mul_(exact)
         ascent.masked_fill_(blocked, 0.0)
         target = exact + ascent
-        weight.copy_(stochastic_round(target, weight.dtype, generator) if dither else target)
+        # Rounded before it travels: where the masters are offloaded, half of the bytes cross the bus.
+        rounded = stochastic_round(target, weight.dtype, noise(device)) if dither else target.to(weight.dtype)
+        weight.copy_(rounded)
         if measure:
             moved.append(_projection(weight, master.to(weight.dtype), ascent))
     return _add_up(moved) if measure else None

@@ -6,6 +6,7 @@ statistics, counters in buffers) must advance once a step, as in plain training.
 
 import contextlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,40 +21,67 @@ class RandomState:
     python: Any
     numpy: Any
     cpu: torch.Tensor
-    device: torch.Tensor | None
+    devices: dict[torch.device, torch.Tensor]
 
     @classmethod
-    def capture(cls, device: torch.device) -> "RandomState":
-        """State of the streams of Python, NumPy, torch on the CPU and torch on `device`; costs no device sync."""
-        streams = _device_streams(device)
+    def capture(cls, devices: Iterable[torch.device]) -> "RandomState":
+        """State of the streams of Python, NumPy, torch on the CPU and torch on `devices`; waits for none of them."""
+        accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
         return cls(
             python=random.getstate(),
             numpy=np.random.get_state(),
             cpu=torch.get_rng_state(),
-            device=streams.get_rng_state() if streams is not None else None,
+            devices={device: torch.get_device_module(device).get_rng_state(device) for device in accelerators},
         )
 
-    def restore(self, device: torch.device) -> None:
+    def restore(self) -> None:
         """Put all streams back to this state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
-        if self.device is not None:
-            _device_streams(device).set_rng_state(self.device)
+        for device, state in self.devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
 
 
-def _device_streams(device: torch.device):
-    return None if device.type == "cpu" else torch.get_device_module(device)
+class BufferState:
+    """Learns in the ascent pass which buffers a forward pass changes, and keeps replays from changing them again.
 
+    Only those buffers are ever copied: a quantized model keeps its weights in buffers, which no forward pass changes.
+    """
 
-@contextlib.contextmanager
-def buffers_preserved(model: torch.nn.Module):
-    """Put the model's buffers back to their values at entry, whatever the forward passes inside do to them."""
-    buffers = list(model.buffers())
-    copies = [buffer.detach().clone() for buffer in buffers]
-    try:
+    def __init__(self):
+        self._changing: set[str] = set()
+
+    @contextlib.contextmanager
+    def observed(self, model: torch.nn.Module):
+        """Around a micro-batch of the ascent pass."""
+        before = _versions(model)
         yield
-    finally:
-        with torch.no_grad():
-            for buffer, copy in zip(buffers, copies, strict=True):
-                buffer.copy_(copy)
+        after = _versions(model)
+        # Kernels may write running statistics without counting a version up; modules that keep some are known.
+        self._changing |= {name for name in after if after[name] != before.get(name)} | _running_statistics(model)
+
+    @contextlib.contextmanager
+    def preserved(self, model: torch.nn.Module):
+        """Around a micro-batch that is computed a second time."""
+        copies = [(buffer, buffer.detach().clone()) for name, buffer in model.named_buffers() if name in self._changing]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, copy in copies:
+                    buffer.copy_(copy)
+
+
+def _versions(model: torch.nn.Module) -> dict[str, int]:
+    # Inference tensors have no version, and cannot be changed in place either.
+    return {name: buffer._version for name, buffer in model.named_buffers() if not buffer.is_inference()}
+
+
+def _running_statistics(model: torch.nn.Module) -> set[str]:
+    return {
+        f"{module_name}.{name}" if module_name else name
+        for module_name, module in model.named_modules()
+        if getattr(module, "track_running_stats", False)
+        for name, _ in module.named_buffers(recurse=False)
+    }

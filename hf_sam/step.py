@@ -1,7 +1,7 @@
 """The two passes of one optimizer step, spread over the calls that the host makes, one a micro-batch.
 
 The host calls once for each of the N micro-batches of a step and then clips and steps. The ascent pass over the first
-k of them happens as they arrive, except that the k-th waits for the last call, the only one in which the host lets
+k of them happens as they arrive, except that its last one waits for the last call, the only one in which the host lets
 gradients be synchronized. In that call the weights are perturbed, all N micro-batches are (re)computed, and the
 weights are restored: between calls the host never sees perturbed weights.
 """
@@ -16,11 +16,12 @@ import torch
 
 from .backends import Backend
 from .metrics import SAMMetrics
-from .replay import RandomState
+from .replay import BufferState, RandomState
 
 
 @dataclass
 class _MicroBatch:
+    forward_backward: Callable[[Any], torch.Tensor]
     inputs: Any
     random_state: RandomState | None = None
     loss: torch.Tensor | None = None
@@ -33,7 +34,7 @@ class TwoPassStep:
         accelerator (`accelerate.Accelerator`): says which call is the last of a step, through `sync_gradients`.
         metrics ([`~hf_sam.metrics.SAMMetrics`]): receives losses and norms.
         replay_context (`Callable[[], AbstractContextManager]`): around each micro-batch that is computed a second
-            time; keeps state that a forward pass advances from advancing twice.
+            time, for state of the caller's that a forward pass advances.
     """
 
     def __init__(
@@ -45,11 +46,16 @@ class TwoPassStep:
         self._accelerator = accelerator
         self._metrics = metrics
         self._replay_context = replay_context
-        self._window: list[_MicroBatch] = []
+        self.reset()
 
-    def begin(self) -> None:
-        """Forget the micro-batches of a step that was left unfinished."""
-        self._window = []
+    def reset(self) -> None:
+        """Forget the micro-batches of an unfinished step, whose gradients are dropped too.
+
+        Where the host lets a step begin with what an unfinished one accumulated (the end of a stream, a callback that
+        stops an epoch), the micro-batches stay for that step, as their gradients do in plain training.
+        """
+        self._window: list[_MicroBatch] = []
+        self._buffers = BufferState()
 
     def add(
         self,
@@ -65,7 +71,7 @@ class TwoPassStep:
         """Take the next micro-batch; the last one of the step runs whatever is still to be run.
 
         Args:
-            forward_backward (`Callable`): the host's own step for one micro-batch: computes the loss of the inputs,
+            forward_backward (`Callable`): the host's own step for this micro-batch: computes the loss of the inputs,
                 accumulates its gradient, and returns the loss, detached, shape `()`.
             inputs (`Any`): the micro-batch as the host got it.
             backend ([`~hf_sam.backends.Backend`]): perturbs and restores.
@@ -78,32 +84,36 @@ class TwoPassStep:
             `torch.Tensor`: share of this call in the unperturbed loss of the step, shape `()`. Over the calls of a
             step the shares add up to the loss at w, estimated from the ascent micro-batches if they are not all.
         """
-        self._window.append(_MicroBatch(inputs))
+        self._window.append(_MicroBatch(forward_backward, inputs))
         if len(self._window) == 1:
             backend.begin_step()
         weight = micro_batches / ascent_micro_batches
+        ascend_all = ascent_micro_batches >= micro_batches
         if not self._accelerator.sync_gradients:
-            if len(self._window) >= ascent_micro_batches:
-                return torch.zeros((), device=self._accelerator.device)
-            return self._ascend(forward_backward, self._window[-1]) * weight
+            if ascend_all or len(self._window) < ascent_micro_batches:
+                return self._ascend(self._window[-1], backend) * weight
+            return torch.zeros((), device=self._accelerator.device)
         try:
+            # A window that ended early has its last micro-batch before the k-th.
+            pivot = self._window[-1 if ascend_all else min(ascent_micro_batches, len(self._window)) - 1]
             with backend.ascent_pass():
-                # A window that ended early has its last micro-batch at or before the k-th.
-                pivot = self._window[min(ascent_micro_batches, len(self._window)) - 1]
-                clean = self._ascend(forward_backward, pivot) * weight
-            end_of_ascent = RandomState.capture(self._accelerator.device)
-            self._descend(forward_backward, backend, rho, step, weight, end_of_ascent)
+                clean = self._ascend(pivot, backend) * weight
+            end_of_ascent = RandomState.capture(backend.devices)
+            self._descend(backend, rho, step, weight, end_of_ascent)
         finally:
             self._window = []
         return clean
 
-    def _ascend(self, forward_backward, micro_batch: _MicroBatch) -> torch.Tensor:
-        micro_batch.random_state = RandomState.capture(self._accelerator.device)
-        # The host's step may take keys out of the inputs, which the second pass needs again.
-        micro_batch.loss = forward_backward(copy.copy(micro_batch.inputs))
+    def _ascend(self, micro_batch: _MicroBatch, backend: Backend) -> torch.Tensor:
+        micro_batch.random_state = RandomState.capture(backend.devices)
+        with self._buffers.observed(backend.model):
+            # The host's step may take keys out of the inputs, which the second pass needs again.
+            loss = micro_batch.forward_backward(copy.copy(micro_batch.inputs))
+        # A CUDA graph would overwrite its output in the second pass.
+        micro_batch.loss = loss.clone()
         return micro_batch.loss
 
-    def _descend(self, forward_backward, backend, rho, step, weight, end_of_ascent) -> None:
+    def _descend(self, backend, rho, step, weight, end_of_ascent) -> None:
         window = self._window
         replayed = [micro_batch for micro_batch in window if micro_batch.loss is not None]
         scale = weight / backend.loss_scale()
@@ -111,16 +121,17 @@ class TwoPassStep:
             with backend.descent_pass():
                 perturbation = backend.perturb(rho, step=step, measure=self._metrics.wants_kept)
                 perturbed = sum(
-                    self._replay(forward_backward, backend, micro_batch, last=micro_batch is window[-1])
-                    for micro_batch in replayed
+                    self._replay(backend, micro_batch, last=micro_batch is window[-1]) for micro_batch in replayed
                 )
-                end_of_ascent.restore(self._accelerator.device)
+                end_of_ascent.restore()
                 for micro_batch in window[len(replayed) :]:
-                    self._compute(forward_backward, backend, micro_batch, last=micro_batch is window[-1])
+                    self._compute(backend, micro_batch, last=micro_batch is window[-1])
         except BaseException:
             # Whoever catches this finds the weights of before the step and no half of a gradient.
-            backend.clear_gradients()
-            backend.restore(after_error=True)
+            try:
+                backend.restore(after_error=True)
+            finally:
+                backend.clear_gradients()
             raise
         finally:
             self._accelerator.gradient_state._set_sync_gradients(True)
@@ -128,12 +139,12 @@ class TwoPassStep:
         clean = sum(micro_batch.loss for micro_batch in replayed)
         self._metrics.update(clean * weight, perturbed * weight, perturbation.norm * scale, perturbation)
 
-    def _replay(self, forward_backward, backend, micro_batch, last) -> torch.Tensor:
-        micro_batch.random_state.restore(self._accelerator.device)
-        with self._replay_context():
-            return self._compute(forward_backward, backend, micro_batch, last)
+    def _replay(self, backend, micro_batch, last) -> torch.Tensor:
+        micro_batch.random_state.restore()
+        with self._buffers.preserved(backend.model), self._replay_context():
+            return self._compute(backend, micro_batch, last).clone()
 
-    def _compute(self, forward_backward, backend, micro_batch, last) -> torch.Tensor:
+    def _compute(self, backend, micro_batch, last) -> torch.Tensor:
         self._accelerator.gradient_state._set_sync_gradients(last)
         with backend.micro_batch(last):
-            return forward_backward(micro_batch.inputs)
+            return micro_batch.forward_backward(micro_batch.inputs)

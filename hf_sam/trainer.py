@@ -2,7 +2,6 @@
 
 import contextlib
 
-import torch
 from accelerate.logging import get_logger
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
@@ -11,7 +10,6 @@ from .arguments import SAMArguments
 from .backends import Backend, check_supported, select_backend
 from .metrics import SAMMetrics
 from .parameters import select_names, trainable_parameters
-from .replay import buffers_preserved
 from .schedule import SAMWindow, annealing_kwargs, ascent_count
 from .step import TwoPassStep
 
@@ -45,11 +43,18 @@ class SAMMixin:
                 f"class MyConfig(SAMArguments, {type(self.args).__name__})."
             )
         self._sam_metrics = SAMMetrics(self.accelerator)
-        self._sam_step = TwoPassStep(self.accelerator, self._sam_metrics, lambda: self.sam_replay_context(self.model))
+        self._sam_step = TwoPassStep(self.accelerator, self._sam_metrics, self.sam_replay_context)
         self._sam_backend: Backend | None = None
-        self._check_annealing()
-        if self.args.sam_rho > 0:
-            self._check_sam()
+        self._check_sam()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(SAMMixin):
+            raise TypeError(
+                f"{cls.__name__} lists SAMMixin behind a Trainer, which would never call it. Put it in front: "
+                f"class {cls.__name__}(SAMMixin, ...)."
+            )
 
     # The step.
 
@@ -69,30 +74,29 @@ class SAMMixin:
                 ascent_micro_batches=ascent_count(self.args, micro_batches),
             )
         except BaseException:
-            # The host may wrap the model anew (auto_find_batch_size) and wants the memory of the old one.
-            self._sam_backend = None
+            # The host may start over with the model wrapped anew (auto_find_batch_size) and the gradients cleared.
+            self._forget_step()
             raise
 
     def train(self, *args, **kwargs):
         self._sam_metrics.reset()
+        self._forget_step()
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._sam_backend = None
+            self._forget_step()
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        # Called once an optimizer step, before its first micro-batch: a step that a callback stopped half-way must
-        # not leak into this one.
-        self._sam_step.begin()
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+    def _forget_step(self):
+        self._sam_step.reset()
+        self._sam_backend = None
 
-    def sam_replay_context(self, model: torch.nn.Module) -> contextlib.AbstractContextManager:
+    def sam_replay_context(self) -> contextlib.AbstractContextManager:
         """Around each micro-batch that is computed a second time, at the perturbed weights.
 
-        Keeps what a forward pass advances from advancing twice; here, the buffers of `model`. Override and combine
-        with `super()` if your `compute_loss` counts or records something.
+        The buffers of the model are kept from advancing twice already. Override it if your `compute_loss` counts or
+        records something of its own.
         """
-        return buffers_preserved(model)
+        return contextlib.nullcontext()
 
     def _sam_acts(self) -> bool:
         # Without an optimizer nothing is being trained: whoever calls the step wants loss and gradient at w.
@@ -126,6 +130,9 @@ class SAMMixin:
     # What surrounds it.
 
     def create_scheduler(self, num_training_steps, optimizer=None):
+        # Hyperparameter search sets arguments after they were checked; this is the first hook that runs after it.
+        self.args.check_sam()
+        self._check_sam(own_scheduler=False)
         if self.args.anneal_steps is None:
             return super().create_scheduler(num_training_steps, optimizer)
         given = self.args.lr_scheduler_kwargs
@@ -164,13 +171,22 @@ class SAMMixin:
 
     # What is refused.
 
-    def _check_sam(self):
+    def _check_sam(self, own_scheduler: bool = True):
+        if self.args.anneal_steps is not None:
+            self._check_annealing(own_scheduler)
+        if self.args.sam_rho <= 0:
+            return
         check_supported(self.accelerator, self.args.sam_ascent_sync)
         optim = OptimizerNames(self.args.optim)
         if optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO) or "layerwise" in optim.value:
             raise ValueError(
                 f"SAM does not support optim={optim.value!r}, which updates the weights inside the backward pass, so "
                 "that there is no gradient to climb along. Use another optimizer, e.g. optim='adamw_torch'."
+            )
+        if type(self)._prepare_inputs.__module__.startswith("trl."):
+            raise ValueError(
+                f"SAM does not support {type(self).__name__}, which generates its training data inside of the step: "
+                "the second pass would see other data than the first. Use an offline trainer (SFT, DPO, KTO, reward)."
             )
         if getattr(self, "is_distributed_loading_by_transformers", False):
             raise ValueError(
@@ -180,10 +196,8 @@ class SAMMixin:
         # A wrong pattern should be told now, not after the data was prepared and the model was sharded.
         select_names(trainable_parameters(self.model), self.args.sam_target_modules, self.args.sam_exclude_modules)
 
-    def _check_annealing(self):
-        if self.args.anneal_steps is None:
-            return
-        if self.lr_scheduler is not None:
+    def _check_annealing(self, own_scheduler: bool):
+        if own_scheduler and self.lr_scheduler is not None:
             raise ValueError(
                 "anneal_steps sets the learning-rate schedule, but a scheduler was passed in `optimizers`. Pass "
                 "`optimizers=(optimizer, None)`, or drop anneal_steps."

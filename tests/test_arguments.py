@@ -29,6 +29,10 @@ from hf_sam import SAMArguments, SAMTrainingArguments
         ("anneal_steps", 0),
         ("anneal_type", "step"),
         ("anneal_min_lr_ratio", 1.0),
+        ("sam_rho", True),
+        ("sam_rho", "much"),
+        ("sam_rho", None),
+        ("sam_adaptive", "false"),
     ],
 )
 def test_value_out_of_range_is_refused_by_name(tmp_path, field, value):
@@ -115,6 +119,11 @@ def test_a_config_of_ones_own_carries_the_same_flags(tmp_path):
     assert (args.sam_rho, args.my_flag) == (0.2, 3)
     with pytest.raises(ValueError, match="'constant'"):
         MyConfig(output_dir=str(tmp_path), anneal_steps=10, lr_scheduler_type="constant")
+
+
+def test_numbers_that_yaml_reads_as_text_are_accepted(tmp_path):
+    args = SAMTrainingArguments(output_dir=str(tmp_path), sam_rho="5e-2", anneal_steps="1e-1")
+    assert (args.sam_rho, args.anneal_steps) == (0.05, 0.1)
 
 
 def test_the_mixin_works_without_training_arguments():

@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
-from toy import arguments, olmo2, token_dataset, trainer
-from transformers import TrainingArguments
+from toy import arguments, olmo2, step_logs, token_dataset, trainer
+from transformers import Trainer, TrainingArguments
 
-from hf_sam import SAMTrainer
+from hf_sam import SAMMixin, SAMTrainer
 from hf_sam.backends import check_supported
 
 
@@ -38,6 +39,8 @@ def deepspeed(stage=2, zero=None, **config):
         (lambda: deepspeed(2, {"zenflow": {"topk_ratio": 0.1}}), "zenflow"),
         (lambda: deepspeed(3, {"offload_optimizer": {"device": "cpu", "super_offload": True}}), "super_offload"),
         (lambda: deepspeed(2, optimizer={"type": "Muon", "params": {}}), "Use AdamW"),
+        (lambda: deepspeed(2, tensor_parallel={"autotp_size": 2}), "autotp_size"),
+        (lambda: deepspeed(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "float"}), "Use stage 2"),
         (lambda: deepspeed(3, compile={"deepcompile": True}), "deepcompile"),
         (lambda: deepspeed(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}), "Use stage 2"),
         (lambda: accelerator(DistributedType.MEGATRON_LM), "DDP, FSDP2, or DeepSpeed"),
@@ -60,8 +63,12 @@ def test_set_up_without_backend_is_refused(refused, message):
         lambda: deepspeed(3, {"offload_param": {"device": "cpu"}, "zero_quantized_weights": False}),
         lambda: deepspeed(3, {"offload_param": {"device": "none"}, "zero_hpz_partition_size": 1}),
         lambda: deepspeed(2, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}),
+        lambda: deepspeed(
+            1, {"offload_optimizer": {"device": "cpu"}}, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}
+        ),
         lambda: accelerator(DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)),
         lambda: accelerator(DistributedType.MULTI_GPU),
+        lambda: accelerator(DistributedType.MULTI_HPU),
     ],
 )
 def test_supported_set_up_passes(supported):
@@ -103,6 +110,44 @@ def test_arguments_without_sam_fields_are_refused(tmp_path):
 def test_a_pattern_without_match_is_told_at_construction(tmp_path):
     with pytest.raises(ValueError, match="sam_target_modules: 'q_prj'"):
         trainer(tmp_path, sam_rho=0.05, sam_target_modules=["q_prj"])
+
+
+def test_mixin_behind_a_trainer_is_refused():
+    with pytest.raises(TypeError, match=r"class Wrong\(SAMMixin, \.\.\.\)"):
+
+        class Wrong(Trainer, SAMMixin):
+            pass
+
+    class Right(SAMMixin, Trainer):
+        pass
+
+    assert issubclass(Right, SAMMixin)
+
+
+@pytest.mark.parametrize(
+    ("late", "message"),
+    [
+        ({"sam_rho": -1.0}, "sam_rho"),
+        ({"sam_phase": "anneal"}, "set anneal_steps"),
+        ({"sam_rho": 0.1, "optim": "lomo"}, "adamw_torch"),
+    ],
+)
+def test_arguments_set_after_construction_are_checked_before_the_first_step(tmp_path, late, message):
+    run = trainer(tmp_path)
+    for name, value in late.items():
+        setattr(run.args, name, value)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_annealing_may_be_set_after_construction(tmp_path):
+    run = trainer(tmp_path, lr_scheduler_type="linear", max_steps=4)
+    run.args.anneal_steps = 2
+    run.train()
+    rates = [entry["learning_rate"] / run.args.learning_rate for entry in step_logs(run)]
+    assert rates == pytest.approx([1.0, 1.0, 1.0, 0.5])
 
 
 def test_nothing_to_train_is_told_at_construction(tmp_path):

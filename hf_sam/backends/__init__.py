@@ -7,14 +7,6 @@ from .local import LocalBackend
 
 __all__ = ["Backend", "LocalBackend", "check_supported", "select_backend"]
 
-_PLAIN = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_XPU,
-    DistributedType.MULTI_NPU,
-)
-
 
 def select_backend(accelerator, model, **kwargs) -> Backend:
     """Backend for a model that `accelerator` has prepared.
@@ -58,7 +50,7 @@ def check_supported(accelerator, ascent_sync: str = "global") -> None:
                 "SAM does not support FSDP1, whose flat parameters hide the shards. Use FSDP2: "
                 "`fsdp_config={'version': 2}` in the training arguments or `fsdp_version: 2` in the accelerate config."
             )
-    elif kind not in _PLAIN:
+    elif kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
         raise ValueError(
             f"SAM does not support accelerate's {kind.value}. Use one device, DDP, FSDP2, or DeepSpeed ZeRO 1 to 3."
         )
@@ -99,9 +91,12 @@ def _check_deepspeed(plugin) -> None:
             "SAM does not support Muon inside DeepSpeed, which turns gradients into updates while it reduces them. "
             "Use AdamW, or Muon without DeepSpeed."
         )
-    accumulate = (config.get("data_types") or {}).get("grad_accum_dtype")
+    if (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
+        raise ValueError("SAM does not support DeepSpeed's tensor parallelism. Set `tensor_parallel.autotp_size` to 1.")
+    accumulate = str((config.get("data_types") or {}).get("grad_accum_dtype")).removeprefix("torch.")
     bf16 = (config.get("bf16") or {}).get("enabled") in (True, "auto")
-    if plugin.zero_stage == 1 and bf16 and accumulate in ("fp32", "float32"):
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if plugin.zero_stage == 1 and bf16 and not offloaded and accumulate in ("fp32", "float", "float32"):
         raise ValueError(
             "SAM does not support ZeRO stage 1 with bf16 and `data_types.grad_accum_dtype: fp32`, which DeepSpeed "
             "runs with a different optimizer class. Use stage 2, or leave grad_accum_dtype out."

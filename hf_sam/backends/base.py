@@ -16,7 +16,9 @@ the weights out between them.
 """
 
 import contextlib
+import functools
 import hashlib
+from collections.abc import Callable
 
 import torch
 
@@ -63,12 +65,24 @@ class Backend:
         self.ascent_sync = ascent_sync
         self.seed = seed
         self.stochastic_rounding = stochastic_rounding
-        self.trainable = trainable_parameters(model)
-        selected = select_names(self.trainable, target, exclude)
-        self.selected = {name: param for name, param in self.trainable.items() if name in selected}
+        self._target = target
+        self._exclude = exclude
+        self._trainable: dict[str, torch.nn.Parameter] = {}
+        self._select()
+        # Devices whose random streams a forward pass may draw from.
+        replicas = [torch.device(accelerator.device.type, i) for i in getattr(model, "device_ids", None) or ()]
+        self.devices = {accelerator.device, *replicas, *(param.device for param in model.parameters())}
+
+    def _select(self) -> None:
+        trainable = trainable_parameters(self.model)
+        if trainable.keys() != self._trainable.keys():
+            self._trainable = trainable
+            names = select_names(trainable, self._target, self._exclude)
+            self.selected = {name: param for name, param in trainable.items() if name in names}
 
     def begin_step(self) -> None:
-        """Before the first forward of a step: no gradient of an earlier step may be in the way of the ascent."""
+        """Before the first forward of a step: parameters may have been frozen or unfrozen since the last one."""
+        self._select()
 
     def ascent_pass(self) -> contextlib.AbstractContextManager:
         """Around the last forward and backward of the ascent set."""
@@ -105,7 +119,7 @@ class Backend:
             perturbation.ascent_scale(rho, norm, finite),
             finite,
             self.adaptive,
-            self._generator(step) if self.stochastic_rounding else None,
+            self._noise(step) if self.stochastic_rounding else None,
             measure,
         )
         self._publish()
@@ -127,7 +141,7 @@ class Backend:
 
     def clear_gradients(self) -> None:
         """Drop every gradient of the model, also those kept outside of the parameters."""
-        for param in self.trainable.values():
+        for param in self.model.parameters():
             param.grad = None
 
     def loss_scale(self) -> torch.Tensor | float:
@@ -168,13 +182,10 @@ class Backend:
         """Ranks with the same weights must draw the same noise, ranks with different shards must not."""
         return 0
 
-    def _generator(self, step: int) -> torch.Generator:
+    def _noise(self, step: int) -> Callable[[torch.device], torch.Generator]:
         # A stream of its own, a pure function of seed and step: the global one stays as in plain training, and a
         # resumed run draws what the uninterrupted one would have drawn.
         # Hashed, because a small seed would repeat the numbers that initialized the weights.
         key = f"hf-sam stochastic rounding {self.seed} {step} {self._noise_rank()}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
-        return torch.Generator(device=self._noise_device()).manual_seed(seed)
-
-    def _noise_device(self) -> torch.device:
-        return next(iter(self.selected.values())).device
+        return functools.cache(lambda device: torch.Generator(device=device).manual_seed(seed))

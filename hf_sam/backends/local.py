@@ -44,6 +44,8 @@ class LocalBackend(Backend):
             raise
         finally:
             self._saved = []
+            if after_error:
+                self._abandon_iteration()
             self._reshard()
 
     def _fragments(self):
@@ -71,6 +73,12 @@ class LocalBackend(Backend):
         # FSDP2 may be told to keep gathered weights after the backward; those would hide a change of the shards.
         for module in self._fsdp_modules:
             module.reshard()
+
+    def _abandon_iteration(self):
+        # An error between forward and backward leaves gathered, perturbed weights behind; newer torch can drop them.
+        for module in self._fsdp_modules[:1]:
+            if hasattr(module, "reset_iter_state"):
+                module.reset_iter_state()
 
     def _total(self, fragments, values):
         if not any(isinstance(param, DTensor) for param in self.selected.values()):

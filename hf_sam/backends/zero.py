@@ -9,6 +9,7 @@ rewrites the 16-bit weights, so after a normal step there is nothing to restore 
 """
 
 import contextlib
+import itertools
 import time
 from importlib.metadata import version
 
@@ -46,9 +47,9 @@ class ZeroBackend(Backend):
                 "Install a DeepSpeed release that hf-sam is tested with (see its README), or train with FSDP2."
             )
         self._perturbed = False
-        self._restores = 0
 
     def begin_step(self):
+        super().begin_step()
         # DeepSpeed keeps the last gradient of a parameter that a backward pass leaves out (an expert, say); in the
         # ascent gradient it would count again.
         self._reset_accumulation()
@@ -86,8 +87,7 @@ class ZeroBackend(Backend):
     def restore(self, after_error=False):
         if not self._perturbed:
             return
-        self._restores += 1
-        if after_error and not self._all_ranks_arrive():
+        if after_error and not _all_ranks_arrive():
             logger.error(
                 "An error in the descent pass did not reach all ranks, so the perturbed weights of this process could "
                 "not be gathered back. Its fp32 master weights are intact; resume from the last checkpoint.",
@@ -115,21 +115,6 @@ class ZeroBackend(Backend):
     def _noise_rank(self):
         return self.accelerator.process_index
 
-    def _noise_device(self):
-        return self.accelerator.device
-
-    def _all_ranks_arrive(self) -> bool:
-        """Wait a little for the other ranks without a collective, which would hang if one of them is gone."""
-        world = dist.get_world_size()
-        store = dist.distributed_c10d._get_default_store()
-        key = f"hf_sam/restore/{self._restores}"
-        arrived = store.add(key, 1)
-        deadline = time.monotonic() + _PEER_TIMEOUT_SECONDS
-        while arrived < world and time.monotonic() < deadline:
-            time.sleep(0.05)
-            arrived = store.add(key, 0)
-        return arrived >= world
-
     # What a subclass has to say.
 
     def _before_engine_step(self) -> None:
@@ -142,3 +127,20 @@ class ZeroBackend(Backend):
     def _reset_accumulation(self) -> None:
         """Make the optimizer forget the ascent gradients, as its own step would."""
         raise NotImplementedError
+
+
+# Counts the errors of this process, so that each has a key of its own in the store, across backends.
+_errors = itertools.count()
+
+
+def _all_ranks_arrive() -> bool:
+    """Wait a little for the other ranks without a collective, which would hang if one of them is gone."""
+    world = dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    key = f"hf_sam/restore/{next(_errors)}"
+    arrived = store.add(key, 1)
+    deadline = time.monotonic() + _PEER_TIMEOUT_SECONDS
+    while arrived < world and time.monotonic() < deadline:
+        time.sleep(0.05)
+        arrived = store.add(key, 0)
+    return arrived >= world

@@ -5,6 +5,7 @@ the optimizer's own step does with the updated masters. No copy of the weights i
 """
 
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
@@ -19,8 +20,11 @@ class Zero12Backend(ZeroBackend):
     private_names = (
         "averaged_gradients",
         "all_grad_tensors",
-        "bit16_groups",
         "bit16_groups_flat",
+        "params_in_partition",
+        "grad_partition_insertion_offset",
+        "grad_start_offset",
+        "get_param_id",
         "parallel_partitioned_bit16_groups",
         "single_partition_of_fp32_groups",
         "real_dp_process_group",
@@ -40,46 +44,44 @@ class Zero12Backend(ZeroBackend):
 
     def _fragments(self):
         optimizer = self.optimizer
+        if optimizer.cpu_offload:
+            # Gradients are on their way to the CPU; the optimizer's own step waits for them too.
+            get_accelerator().synchronize()
         fragments = []
-        for group, params in enumerate(optimizer.bit16_groups):
+        for group, params in enumerate(optimizer.params_in_partition):
             rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
             weights = optimizer.parallel_partitioned_bit16_groups[group][rank]
-            masters = optimizer.single_partition_of_fp32_groups[group]
+            masters = optimizer.single_partition_of_fp32_groups[group].detach()
             grads = self._partition_gradients(group)
             for param in params:
                 name = self._names[id(param)]
-                # A parameter without mapping lies wholly in the partitions of other ranks.
-                if name not in self.selected or param._hp_mapping is None:
+                if name not in self.selected:
                     continue
-                address = param._hp_mapping.get_hp_fragment_address()
-                grad = grads.get(address.start)
-                if grad is None:
-                    continue
+                # Where in the partition the parameter lies; its first elements may be in the partition before.
+                key = optimizer.get_param_id(param)
+                start = int(optimizer.grad_partition_insertion_offset[group][rank][key])
+                skipped = int(optimizer.grad_start_offset[group][rank][key])
+                numel = min(param.numel() - skipped, masters.numel() - start)
                 fragments.append(
                     Fragment(
                         name=name,
-                        weight=weights.narrow(0, address.start, address.numel),
-                        master=masters.detach().narrow(0, address.start, address.numel),
-                        grad=grad.reshape(-1).narrow(0, 0, address.numel),
+                        weight=weights.narrow(0, start, numel),
+                        master=masters.narrow(0, start, numel),
+                        grad=grads(start, numel),
                     )
                 )
         return fragments
 
     def _partition_gradients(self, group):
-        """Reduced gradients of this rank's partition, by where in the partition they start."""
+        """Access to the reduced gradients of this rank's partition, by start and length."""
         if self.optimizer.cpu_offload:
             flat = self.optimizer.single_partition_of_fp32_groups[group].grad
-            starts = [
-                param._hp_mapping.get_hp_fragment_address()
-                for param in self.optimizer.bit16_groups[group]
-                if param._hp_mapping is not None
-            ]
-            return {address.start: flat.narrow(0, address.start, address.numel) for address in starts}
-        grads, start = {}, 0
-        for grad in self.optimizer.averaged_gradients[group]:
-            grads[start] = grad
-            start += grad.numel()
-        return grads
+            return lambda start, numel: flat.narrow(0, start, numel)
+        pieces, start = {}, 0
+        for piece in self.optimizer.averaged_gradients[group]:
+            pieces[start] = piece
+            start += piece.numel()
+        return lambda start, numel: pieces[start].reshape(-1).narrow(0, 0, numel)
 
     def _hold(self, fragments):
         self._perturbed = True

@@ -8,7 +8,7 @@ train in fp32, DeepSpeed lets the shards be the masters; only those are copied a
 import dataclasses
 
 import torch
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
+from deepspeed.accelerator import get_accelerator
 
 from ..perturbation import Fragment
 from .zero import ZeroBackend
@@ -18,6 +18,8 @@ class Zero3Backend(ZeroBackend):
     """Backend for DeepSpeed ZeRO stage 3, with or without offload to the CPU."""
 
     private_names = (
+        "_get_fp32_grad_state_partition",
+        "_get_fp32_opt_state_partition",
         "_partition_all_parameters",
         "persistent_parameters",
         "averaged_gradients",
@@ -34,15 +36,22 @@ class Zero3Backend(ZeroBackend):
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def _fragments(self):
+        if self.optimizer.offload_optimizer:
+            # Gradients are on their way to the CPU; the optimizer's own step waits for them too.
+            get_accelerator().synchronize()
         return [
             Fragment(
                 name=name,
                 weight=param.ds_tensor.detach().view(-1),
-                master=safe_get_local_fp32_param(param).detach().view(-1),
-                grad=safe_get_local_grad(param).view(-1),
+                master=self._master(param),
+                grad=self.optimizer._get_fp32_grad_state_partition(param, release_swap_buffers=True)[0].view(-1),
             )
             for name, param in self.selected.items()
         ]
+
+    def _master(self, param):
+        # Where it lies, unlike DeepSpeed's public accessors, which bring offloaded shards to the accelerator first.
+        return self.optimizer._get_fp32_opt_state_partition(param, release_swap_buffers=True)[0].detach().view(-1)
 
     def _hold(self, fragments):
         self._perturbed = True
@@ -69,9 +78,9 @@ class Zero3Backend(ZeroBackend):
         self.optimizer._partition_all_parameters()
         self._before_engine_step()
         for param in self.selected.values():
-            master = safe_get_local_fp32_param(param)
+            master = self._master(param)
             if master.data_ptr() != param.ds_tensor.data_ptr():
-                param.ds_tensor.detach().view(-1).copy_(master.view(-1))
+                param.ds_tensor.detach().view(-1).copy_(master)
         self._publish()
 
     def _reset_accumulation(self):

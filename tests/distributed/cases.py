@@ -18,6 +18,7 @@ class Case:
     dropout: float = 0.0
     bf16: bool = False
     offload: bool = False
+    zero: dict = field(default_factory=dict)  # options of `zero_optimization`
     only: tuple[str, ...] = ()
 
     @property
@@ -46,6 +47,8 @@ CASES = (
     Case("bf16", accumulation=2, bf16=True),
     Case("branches_offload", model="branches", offload=True, only=("zero2", "zero3")),
     Case("offload", accumulation=2, offload=True, only=("fsdp2", "zero1", "zero2", "zero3")),
+    Case("round_robin", accumulation=2, zero={"round_robin_gradients": True}, only=("zero1", "zero2")),
+    Case("overlap", accumulation=2, zero={"overlap_comm": True, "contiguous_gradients": True}, only=("zero2", "zero3")),
     Case("local_ascent", accumulation=2, sam={"sam_rho": 0.05, "sam_ascent_sync": "local"}, only=("ddp",)),
     Case("plain", accumulation=2, sam={"sam_rho": 0.0}),
 )

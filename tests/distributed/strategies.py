@@ -1,14 +1,12 @@
 """How each distributed strategy is asked for in the training arguments."""
 
-import copy
-
 WORLD_SIZE = 2
 
 DISTRIBUTED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 STRATEGIES = ("single", *DISTRIBUTED)
 
 
-def strategy_arguments(strategy: str, offload: bool = False, gradient_accumulation_steps: int = 1) -> dict:
+def strategy_arguments(strategy: str, offload: bool = False, zero_options: dict | None = None) -> dict:
     """Training arguments that select `strategy`; `offload` keeps optimizer state (FSDP2: weights) on the CPU."""
     if strategy == "fsdp2":
         config = {"version": 2, "transformer_layer_cls_to_wrap": ["Olmo2DecoderLayer"], "cpu_offload": offload}
@@ -20,6 +18,7 @@ def strategy_arguments(strategy: str, offload: bool = False, gradient_accumulati
             "stage3_param_persistence_threshold": 200,
             "reduce_bucket_size": 5000,
             "stage3_gather_16bit_weights_on_model_save": True,
+            **(zero_options or {}),
         }
         if offload:
             zero["offload_optimizer"] = {"device": "cpu"}
@@ -31,5 +30,5 @@ def strategy_arguments(strategy: str, offload: bool = False, gradient_accumulati
             "gradient_clipping": "auto",
             "bf16": {"enabled": "auto"},
         }
-        return {"deepspeed": copy.deepcopy(config)}
+        return {"deepspeed": config}
     return {}

@@ -25,12 +25,23 @@ def results(tmp_path_factory):
     """Results of the worker by strategy and name; the worker of a strategy runs once, when it is first asked for."""
 
     @functools.cache
-    def output_of(strategy):
+    def run(strategy):
         output_dir = tmp_path_factory.mktemp(strategy)
-        launch(strategy, output_dir)
-        return output_dir
+        try:
+            launch(strategy, output_dir)
+        except RuntimeError as error:
+            # Kept, so that a strategy that fails fails once and not once a test.
+            return output_dir, error
+        return output_dir, None
 
-    return lambda strategy, name: torch.load(output_of(strategy) / f"{name}.pt", weights_only=False)
+    def result(strategy, name):
+        output_dir, error = run(strategy)
+        file = output_dir / f"{name}.pt"
+        if error is not None and not file.exists():
+            raise error
+        return torch.load(file, weights_only=False)
+
+    return result
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +115,8 @@ def test_overflow_on_one_rank_is_a_plain_step_on_all(results, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resumed_run_is_bitwise_the_uninterrupted_one(results, strategy):
     outcome = results(strategy, "resumed")
+    if "again" not in outcome:
+        pytest.skip(outcome["unsupported"])
     assert_bitwise(outcome["again"], outcome["whole"])
 
 

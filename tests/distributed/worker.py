@@ -32,7 +32,7 @@ def build_trainer(strategy: str, case: Case, output_dir: Path, trainer_class=SAM
         "train_sampling_strategy": "sequential",
         "ddp_backend": "gloo" if world > 1 else None,
         **case.arguments,
-        **strategy_arguments(strategy, offload=case.offload),
+        **strategy_arguments(strategy, case.offload, case.zero),
         **overrides,
     }
     args = arguments(output_dir / f"{case.name}-run", **settings)
