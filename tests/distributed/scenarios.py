@@ -1,6 +1,5 @@
 """What can happen to a run besides going well, played through under every strategy."""
 
-import io
 import shutil
 from pathlib import Path
 
@@ -122,12 +121,15 @@ def resumed(strategy: str, output_dir: Path) -> None:
     whole.train()
     checkpoint = Path(whole.args.output_dir) / "checkpoint-2"
     results = {"whole": worker.full_weights(whole)}
-    if _can_load_onto(whole.args.device):
-        again = worker.build_trainer(strategy, case, output_dir, **settings)
+    again = worker.build_trainer(strategy, case, output_dir, **settings)
+    try:
         again.train(resume_from_checkpoint=str(checkpoint))
         results["again"] = worker.full_weights(again)
-    else:
-        results["unsupported"] = f"torch {torch.__version__} cannot load a checkpoint onto {whole.args.device}"
+    except RuntimeError as error:
+        # Older hosts load the optimizer onto "cpu:0" on all ranks, which torch refuses: nothing to compare then.
+        if "restore data location" not in str(error):
+            raise
+        results["unsupported"] = f"this transformers cannot resume on several CPU processes: {error}"
     if whole.is_world_process_zero():
         results["at_save"] = recorder.weights[1]
         results["saved"] = _saved_weights(checkpoint)
@@ -136,18 +138,6 @@ def resumed(strategy: str, output_dir: Path) -> None:
     whole.accelerator.wait_for_everyone()
     if whole.is_world_process_zero():
         shutil.rmtree(whole.args.output_dir)
-
-
-def _can_load_onto(device: torch.device) -> bool:
-    """Whether torch loads tensors onto `device`; for "cpu:0", which the host resumes to, older releases do not."""
-    file = io.BytesIO()
-    torch.save(torch.zeros(1), file)
-    file.seek(0)
-    try:
-        torch.load(file, map_location=device)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _saved_weights(checkpoint: Path):
