@@ -55,33 +55,38 @@ class BufferState:
     @contextlib.contextmanager
     def observed(self, model: torch.nn.Module):
         """Around a micro-batch of the ascent pass."""
-        before = _versions(model)
+        before = {name: (buffer, _version(buffer)) for name, _, _, buffer in _buffers(model)}
         yield
-        after = _versions(model)
-        # Kernels may write running statistics without counting a version up; modules that keep some are known.
-        self._changing |= {name for name in after if after[name] != before.get(name)} | _running_statistics(model)
+        for name, module, _, buffer in _buffers(model):
+            old, version = before.get(name, (None, None))
+            # Kernels may write running statistics without counting a version up; modules that keep some are known.
+            if buffer is not old or _version(buffer) != version or getattr(module, "track_running_stats", False):
+                self._changing.add(name)
 
     @contextlib.contextmanager
     def preserved(self, model: torch.nn.Module):
         """Around a micro-batch that is computed a second time."""
-        copies = [(buffer, buffer.detach().clone()) for name, buffer in model.named_buffers() if name in self._changing]
+        kept = [
+            (module, key, buffer, buffer.detach().clone())
+            for name, module, key, buffer in _buffers(model)
+            if name in self._changing
+        ]
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, copy in copies:
+                for module, key, buffer, copy in kept:
                     buffer.copy_(copy)
+                    module._buffers[key] = buffer
 
 
-def _versions(model: torch.nn.Module) -> dict[str, int]:
+def _buffers(model: torch.nn.Module):
+    """Full name, owner, name there, and value of every buffer."""
+    for module_name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            yield f"{module_name}.{key}", module, key, buffer
+
+
+def _version(buffer: torch.Tensor) -> int | None:
     # Inference tensors have no version, and cannot be changed in place either.
-    return {name: buffer._version for name, buffer in model.named_buffers() if not buffer.is_inference()}
-
-
-def _running_statistics(model: torch.nn.Module) -> set[str]:
-    return {
-        f"{module_name}.{name}" if module_name else name
-        for module_name, module in model.named_modules()
-        if getattr(module, "track_running_stats", False)
-        for name, _ in module.named_buffers(recurse=False)
-    }
+    return None if buffer.is_inference() else buffer._version

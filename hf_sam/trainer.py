@@ -45,6 +45,7 @@ class SAMMixin:
         self._sam_metrics = SAMMetrics(self.accelerator)
         self._sam_step = TwoPassStep(self.accelerator, self._sam_metrics, self.sam_replay_context)
         self._sam_backend: Backend | None = None
+        self._sam_warned = False
         self._check_sam()
 
     def __init_subclass__(cls, **kwargs):
@@ -63,30 +64,38 @@ class SAMMixin:
             return super().training_step(model, inputs, num_items_in_batch)
         host_step = super().training_step
         micro_batches = self._micro_batches()
+
+        def forward_backward(batch):
+            # A micro-batch that an unfinished step left over is normalized by the length of its own step.
+            current, self.current_gradient_accumulation_steps = self._micro_batches(), micro_batches
+            try:
+                return host_step(model, batch, num_items_in_batch)
+            finally:
+                self.current_gradient_accumulation_steps = current
+
         try:
             return self._sam_step.add(
-                lambda batch: host_step(model, batch, num_items_in_batch),
+                forward_backward,
                 inputs,
                 self._backend_for(model),
                 rho=self.args.sam_rho,
                 step=self.state.global_step,
-                micro_batches=micro_batches,
-                ascent_micro_batches=ascent_count(self.args, micro_batches),
+                ascent_count=lambda count: ascent_count(self.args, count),
             )
         except BaseException:
-            # The host may start over with the model wrapped anew (auto_find_batch_size) and the gradients cleared.
-            self._forget_step()
+            # The host may start over with the model wrapped anew (auto_find_batch_size).
+            self._forget_steps()
             raise
 
     def train(self, *args, **kwargs):
-        self._sam_metrics.reset()
-        self._forget_step()
+        self._forget_steps()
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._forget_step()
+            self._forget_steps()
 
-    def _forget_step(self):
+    def _forget_steps(self):
+        self._sam_metrics.reset()
         self._sam_step.reset()
         self._sam_backend = None
 
@@ -163,7 +172,8 @@ class SAMMixin:
 
     def _warn_if_rounded_away(self, kept: float):
         low, high = _KEPT_RANGE
-        if not low <= kept <= high:
+        if not low <= kept <= high and not self._sam_warned:
+            self._sam_warned = True
             logger.warning(
                 f"Of the SAM perturbation, the stored weights kept {kept:.2f} instead of 1: it is lost in their "
                 "rounding. Load the model in float32 and train with bf16=True or fp16=True, or raise sam_rho."
@@ -183,10 +193,11 @@ class SAMMixin:
                 f"SAM does not support optim={optim.value!r}, which updates the weights inside the backward pass, so "
                 "that there is no gradient to climb along. Use another optimizer, e.g. optim='adamw_torch'."
             )
-        if type(self)._prepare_inputs.__module__.startswith("trl."):
+        on_policy = {"_prepare_inputs", "_generate", "generate_on_policy_outputs"}
+        if any(base.__module__.startswith("trl.") and on_policy & vars(base).keys() for base in type(self).__mro__):
             raise ValueError(
                 f"SAM does not support {type(self).__name__}, which generates its training data inside of the step: "
-                "the second pass would see other data than the first. Use an offline trainer (SFT, DPO, KTO, reward)."
+                "the second pass would see other data than the first. Use a trainer that learns from a fixed dataset."
             )
         if getattr(self, "is_distributed_loading_by_transformers", False):
             raise ValueError(

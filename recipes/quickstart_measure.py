@@ -74,7 +74,10 @@ def table(results: dict[str, dict], matched: float | None) -> str:
     learning_rates = [run["learning_rate"] for run in next(iter(results.values()))["fine_tuning"]]
     header = ["anneal", "passes", "base loss", "after NF4", "NF4 damage"]
     header += [f"task loss / forgetting, LR {rate:g}" for rate in learning_rates]
-    header += ["forgetting at equal task loss" + (f" {matched:.3f}" if matched is not None else "")]
+    header += [
+        "forgetting at equal task loss" + (f" {matched:.3f}" if matched is not None else ""),
+        "held-out loss there",
+    ]
     rows = [header, ["---"] * len(header)]
     reference = next(iter(results.values()))
     for name, result in results.items():
@@ -83,9 +86,11 @@ def table(results: dict[str, dict], matched: float | None) -> str:
         cells += [f"{run['task_loss']:.3f} / {run['forgetting']:.4f}" for run in result["fine_tuning"]]
         at_matched = result["forgetting_at_matched_task_loss"]
         if at_matched is None:
-            cells.append("missing")
+            cells += ["missing", "missing"]
         else:
-            cells.append(_with_change(at_matched, reference["forgetting_at_matched_task_loss"], result is reference))
+            lost_by_reference = reference["forgetting_at_matched_task_loss"]
+            cells.append(_with_change(at_matched, lost_by_reference, result is reference))
+            cells.append(f"{result['base_loss'] + at_matched:.4f}")
         rows.append(cells)
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)

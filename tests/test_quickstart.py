@@ -123,7 +123,7 @@ def test_sweeps_that_share_no_task_loss_read_missing():
         for name, runs in (("a", sweep((3.0, 0.1), (2.5, 0.5))), ("b", sweep((2.0, 0.1), (1.0, 0.5))))
     }
     assert matched_loss(results) is None
-    assert table(results, None).count("missing") == 2
+    assert table(results, None).count("missing") == 4
     assert (
         matched_loss({"a": {"fine_tuning": sweep((3, 0), (1, 1))}, "b": {"fine_tuning": sweep((2, 0), (0, 1))}}) == 1.5
     )

@@ -112,6 +112,16 @@ def test_a_pattern_without_match_is_told_at_construction(tmp_path):
         trainer(tmp_path, sam_rho=0.05, sam_target_modules=["q_prj"])
 
 
+@pytest.mark.parametrize("method", ["_prepare_inputs", "_generate", "generate_on_policy_outputs"])
+def test_trainers_that_generate_their_data_are_refused(tmp_path, method):
+    # As TRL's GRPO, RLOO and GKD trainers look to the check; they need more than a toy to be constructed.
+    base = type("OnPolicyTrainer", (Trainer,), {method: lambda self, inputs: inputs, "__module__": "trl.trainer.some"})
+    on_policy = type("SAMOnPolicyTrainer", (SAMMixin, base), {})
+    with pytest.raises(ValueError, match="generates its training data"):
+        trainer(tmp_path, trainer_class=on_policy, sam_rho=0.05)
+    trainer(tmp_path, trainer_class=on_policy, sam_rho=0.0)
+
+
 def test_mixin_behind_a_trainer_is_refused():
     with pytest.raises(TypeError, match=r"class Wrong\(SAMMixin, \.\.\.\)"):
 

@@ -2,9 +2,10 @@
 
 A SAM step drives its backend in this order, alike on every rank:
 
-    backend.begin_step()                before the first forward of the step
-    with backend.ascent_pass():         the last backward of the ascent set; afterwards the gradients hold g
-        ...
+    backend.begin_step()
+    with backend.ascent_pass():         afterwards the gradients hold g
+        with backend.micro_batch(last): each forward and backward of the ascent pass
+            ...
     with backend.descent_pass():
         backend.perturb(rho, ...)       weights become w + e, gradients are cleared
         with backend.micro_batch(last): each forward and backward of the descent pass
@@ -81,11 +82,11 @@ class Backend:
             self.selected = {name: param for name, param in trainable.items() if name in names}
 
     def begin_step(self) -> None:
-        """Before the first forward of a step: parameters may have been frozen or unfrozen since the last one."""
+        """Before the ascent pass: parameters may have been frozen or unfrozen since the last step."""
         self._select()
 
     def ascent_pass(self) -> contextlib.AbstractContextManager:
-        """Around the last forward and backward of the ascent set."""
+        """Around all forwards and backwards of the ascent pass."""
         return contextlib.nullcontext()
 
     def descent_pass(self) -> contextlib.AbstractContextManager:
@@ -93,7 +94,7 @@ class Backend:
         return contextlib.nullcontext()
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
-        """Around one descent micro-batch: gradients are synchronized over the ranks in the last one only."""
+        """Around one micro-batch of a pass: gradients are synchronized over the ranks in the last one only."""
         if last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
             return contextlib.nullcontext()
         return self.accelerator.no_sync(model=self.model)

@@ -75,10 +75,16 @@ class LocalBackend(Backend):
             module.reshard()
 
     def _abandon_iteration(self):
-        # An error between forward and backward leaves gathered, perturbed weights behind; newer torch can drop them.
+        # An error leaves gathered, perturbed weights behind, and gradients that were not reduced yet.
         for module in self._fsdp_modules[:1]:
-            if hasattr(module, "reset_iter_state"):
+            if hasattr(module, "reset_iter_state"):  # torch 2.13
                 module.reset_iter_state()
+        for module in self._fsdp_modules:
+            group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
+            for param in group.fsdp_params if group is not None else ():
+                param.unsharded_accumulated_grad = None
+                if hasattr(param, "_unsharded_param"):
+                    param._unsharded_param.grad = None
 
     def _total(self, fragments, values):
         if not any(isinstance(param, DTensor) for param in self.selected.values()):

@@ -22,7 +22,8 @@ class Zero3Backend(ZeroBackend):
         "_get_fp32_opt_state_partition",
         "_partition_all_parameters",
         "persistent_parameters",
-        "averaged_gradients",
+        "get_param_id",
+        "grad_position",
         "grad_partitions_flat_buffer",
         "offload_optimizer",
         "fp32_partitioned_groups_flat",
@@ -32,8 +33,15 @@ class Zero3Backend(ZeroBackend):
     )
 
     def __init__(self, accelerator, model, **kwargs):
+        self.optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
         super().__init__(accelerator, model, **kwargs)
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def _select(self):
+        super()._select()
+        # A parameter that was frozen when DeepSpeed set its optimizer up is not in it, and does not train.
+        positions, key = self.optimizer.grad_position, self.optimizer.get_param_id
+        self.selected = {name: param for name, param in self.selected.items() if key(param) in positions}
 
     def _fragments(self):
         if self.optimizer.offload_optimizer:

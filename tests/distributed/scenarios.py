@@ -155,4 +155,22 @@ def _optimizer_keys(checkpoint: Path) -> list[str] | None:
     return sorted({key for entry in state.values() for key in entry})
 
 
-ALL = (interrupted, switched_off, overflow, resumed)
+def one_rank_missing(strategy: str, output_dir: Path) -> None:
+    """An error that only one rank meets: it must not wait for the others in a collective."""
+    if not strategy.startswith("zero"):
+        return
+    from hf_sam.backends import zero
+
+    timeout, zero._PEER_TIMEOUT_SECONDS = zero._PEER_TIMEOUT_SECONDS, 1.0
+    rank = torch.distributed.get_rank()
+    # The other rank skips the same number, as if it had met no error, and is far away meanwhile.
+    alone = zero._all_ranks_arrive() if rank == 0 else next(zero._errors) < 0
+    torch.distributed.barrier()
+    zero._PEER_TIMEOUT_SECONDS = 60.0
+    together = [zero._all_ranks_arrive() for _ in range(2)]
+    zero._PEER_TIMEOUT_SECONDS = timeout
+    if rank == 0:
+        torch.save({"alone": alone, "together": together}, output_dir / "one_rank_missing.pt")
+
+
+ALL = (interrupted, switched_off, overflow, resumed, one_rank_missing)

@@ -129,6 +129,12 @@ def test_checkpoint_holds_unperturbed_weights_and_no_sam_state(results, strategy
         assert outcome["optimizer_keys"] == ["exp_avg", "exp_avg_sq", "step"]
 
 
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s.startswith("zero")])
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others_forever(results, strategy):
+    outcome = results(strategy, "one_rank_missing")
+    assert outcome == {"alone": False, "together": [True, True]}
+
+
 def assert_bitwise(weights, reference):
     assert set(weights) == set(reference)
     for name, value in reference.items():
