@@ -188,7 +188,7 @@ def run(settings: QuickstartArguments) -> dict:
         quickstart = Quickstart(
             settings,
             train_text=pack(train_documents, tokenizer, length=128),
-            held_out_text=pack(held_out_documents, tokenizer, length=128).select(range(320)),
+            held_out_text=pack(held_out_documents, tokenizer, length=128).take(320),
             train_problems=problems.select(range(1024)),
             held_out_problems=problems.select(range(1024, 1280)),
             bar=bar,

@@ -22,7 +22,8 @@ from quickstart_measure import forgetting_at, matched_loss, mean_loss, table  # 
 
 @pytest.fixture(scope="module")
 def documents():
-    files = sorted((Path(torch.__file__).parent / "nn" / "modules").glob("*.py"))
+    root = Path(torch.__file__).parent
+    files = sorted([*(root / "nn").rglob("*.py"), *(root / "distributions").glob("*.py"), *root.glob("*.py")])
     return [text for file in files for text in docstrings(file)]
 
 
@@ -57,7 +58,7 @@ def test_quickstart_runs_and_writes_what_it_says(tmp_path, documents):
 def test_too_little_text_is_told(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("One line.\n\nAnother one.")
-    with pytest.raises(ValueError, match=r"2 documents.*--text_file"):
+    with pytest.raises(ValueError, match=r"2 documents in all.*--text_file"):
         load_corpus(str(text))
 
 
