@@ -47,7 +47,7 @@ def load_corpus(text_file: str | None = None) -> tuple[list[str], list[str]]:
     train = [document for document in documents if _fraction(document) >= HELD_OUT_SHARE]
     if len(held_out) < 8 or sum(map(len, train)) < 50_000:
         raise ValueError(
-            f"The corpus has {sum(map(len, train)):,} characters to train on and {len(held_out)} held-out documents, of "
+            f"The corpus has {sum(map(len, train)):,} characters to train on and {len(held_out)} held-out documents, "
             f"{len(documents)} documents in all; it needs 50,000 characters and 8 held-out documents. Give --text_file "
             "a larger text, with its documents separated by blank lines."
         )
