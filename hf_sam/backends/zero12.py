@@ -50,7 +50,7 @@ class Zero12Backend(ZeroBackend):
         fragments = []
         for group, params in enumerate(optimizer.params_in_partition):
             rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
-            weights = optimizer.parallel_partitioned_bit16_groups[group][rank]
+            weights = optimizer.parallel_partitioned_bit16_groups[group][rank].detach()
             masters = optimizer.single_partition_of_fp32_groups[group].detach()
             grads = self._partition_gradients(group)
             for param in params:
@@ -81,7 +81,7 @@ class Zero12Backend(ZeroBackend):
         for piece in self.optimizer.averaged_gradients[group]:
             pieces[start] = piece
             start += piece.numel()
-        return lambda start, numel: pieces[start].reshape(-1).narrow(0, 0, numel)
+        return lambda start, numel: pieces[start].detach().reshape(-1).narrow(0, 0, numel)
 
     def _hold(self, fragments):
         self._perturbed = True
