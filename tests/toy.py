@@ -54,6 +54,32 @@ class Branches(torch.nn.Module):
         return {"loss": total / num_items_in_batch, "logits": logits}
 
 
+class Classifier(torch.nn.Module):
+    """Not a language model: a small network with BatchNorm and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(11)
+        self.layers = torch.nn.Sequential(
+            # A bias in front of BatchNorm has gradient 0 up to rounding, which Adam would blow up.
+            torch.nn.Linear(10, 16, bias=False),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(0.3),
+            torch.nn.Linear(16, 4),
+        )
+
+    def forward(self, features, labels):
+        logits = self.layers(features)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def classification_rows(count):
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(count, 10, generator=generator)
+    return [{"features": x, "labels": (x[:4].argmax())} for x in features]
+
+
 def token_dataset(rows: int = 64, length: int = 16, seed: int = 1) -> list[dict]:
     """Rows of random tokens of which a varying share is padding, so that micro-batches weigh differently."""
     generator = torch.Generator().manual_seed(seed)
