@@ -131,12 +131,12 @@ class SAMArguments:
         if not (math.isfinite(self.sam_rho) and self.sam_rho >= 0):
             raise ValueError(f"sam_rho={self.sam_rho} must be a finite number, 0 (no SAM) or larger.")
         for name in ("sam_start_steps", "sam_end_steps", "anneal_steps", "sam_ascent_micro_batches"):
-            _check_count(name, getattr(self, name), zero_allowed=name == "sam_start_steps")
+            check_count(name, getattr(self, name), zero_allowed=name == "sam_start_steps")
         if isinstance(self.sam_interval, bool) or not isinstance(self.sam_interval, int) or self.sam_interval < 1:
             raise ValueError(f"sam_interval={self.sam_interval} must be a whole number of steps, 1 or larger.")
         end, start = self.sam_end_steps, self.sam_start_steps
         if end is not None and (end < 1) == (start < 1) and end <= start:
-            raise ValueError(f"sam_end_steps={end} must be larger than sam_start_steps={start}.")
+            raise ValueError(f"sam_end_steps={end:g} must be larger than sam_start_steps={start:g}.")
         for name in ("sam_phase", "sam_ascent_sync", "anneal_type"):
             choices = _choices(name)
             if getattr(self, name) not in choices:
@@ -161,7 +161,7 @@ class SAMArguments:
         given = SchedulerType(chosen) != SchedulerType(_default(type(self), "lr_scheduler_type"))
         if given and chosen != SchedulerType.WARMUP_STABLE_DECAY:
             raise ValueError(
-                f"anneal_steps={self.anneal_steps} holds the learning rate constant and then decays it, but "
+                f"anneal_steps={self.anneal_steps:g} holds the learning rate constant and then decays it, but "
                 f"lr_scheduler_type={SchedulerType(chosen).value!r} asks for another schedule. Drop one of the two."
             )
         reserved = {"num_decay_steps", "num_stable_steps", "decay_type", "min_lr_ratio"} & set(
@@ -197,12 +197,14 @@ def _as_float(name: str, value):
     try:
         if isinstance(value, bool):
             raise ValueError
-        return float(value) if isinstance(value, str) else value + 0
+        # Always a float: hyperparameter search casts what it tries to the type that it finds.
+        return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name}={value!r} must be a number.") from None
 
 
-def _check_count(name: str, value: float | None, zero_allowed: bool) -> None:
+def check_count(name: str, value: float | None, zero_allowed: bool) -> None:
+    """Raise ValueError unless `value` is a count, a share below 1, or None."""
     if value is None:
         return
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):

@@ -5,8 +5,9 @@ statistics, counters in buffers) must advance once a step, as in plain training.
 """
 
 import contextlib
+import copy
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +76,8 @@ class BufferState:
             yield
         finally:
             with torch.no_grad():
-                for module, key, buffer, copy in kept:
-                    buffer.copy_(copy)
+                for module, key, buffer, value in kept:
+                    buffer.copy_(value)
                     module._buffers[key] = buffer
 
 
@@ -90,3 +91,49 @@ def _buffers(model: torch.nn.Module):
 def _version(buffer: torch.Tensor) -> int | None:
     # Inference tensors have no version, and cannot be changed in place either.
     return None if buffer.is_inference() else buffer._version
+
+
+@contextlib.contextmanager
+def recorded_once(owner: Any, names: Iterable[str], replayed: bool):
+    """Keep what a forward pass at the perturbed weights records on `owner` as plain training would leave it.
+
+    Args:
+        owner (`Any`): object whose attributes a forward pass writes to.
+        names (`Iterable[str]`): those attributes, as far as `owner` has them: numbers that are counted up, lists that
+            are appended to, and (nested) dicts of both.
+        replayed (`bool`): `True` puts all of them back, because the same micro-batch was recorded before. `False` lets
+            counters advance, but takes appended values back, which belong to the perturbed weights.
+    """
+    records = [(name, _Record(getattr(owner, name))) for name in names if hasattr(owner, name)]
+    try:
+        yield
+    finally:
+        for name, record in records:
+            setattr(owner, name, record.undo(getattr(owner, name), replayed))
+
+
+class _Record:
+    """A value as it was, without copying the lists in it, which may be long."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        if isinstance(value, MutableMapping):
+            self.items = {key: _Record(item) for key, item in value.items()}
+        elif isinstance(value, list):
+            self.length = len(value)
+        else:
+            self.value = copy.deepcopy(value)
+
+    def undo(self, now: Any, everything: bool) -> Any:
+        """What `now` should be instead."""
+        if isinstance(self.value, list):
+            del self.value[self.length :]
+            # A list that was replaced holds a state (a total), not another sample.
+            return self.value if everything or now is self.value else now
+        if isinstance(self.value, MutableMapping) and now is self.value:
+            for key in [key for key in now if key not in self.items]:
+                del now[key]
+            for key, record in self.items.items():
+                now[key] = record.undo(now[key], everything) if key in now else record.value
+            return now
+        return self.value if everything else now

@@ -49,8 +49,8 @@ def annealing_kwargs(args: SAMArguments, max_steps: int, warmup_steps: int) -> d
     decay_steps = resolve_count(args.anneal_steps, max_steps)
     if warmup_steps + decay_steps > max_steps:
         raise ValueError(
-            f"anneal_steps={args.anneal_steps} ({decay_steps} steps) and the warmup of {warmup_steps} steps do not fit "
-            f"into a run of {max_steps} steps. Shorten one of them, or train longer."
+            f"anneal_steps={args.anneal_steps:g} ({decay_steps} steps) and the warmup of {warmup_steps} steps do not "
+            f"fit into a run of {max_steps} steps. Shorten one of them, or train longer."
         )
     return {
         "num_decay_steps": decay_steps,
@@ -59,8 +59,8 @@ def annealing_kwargs(args: SAMArguments, max_steps: int, warmup_steps: int) -> d
     }
 
 
-def ascent_count(args: SAMArguments, micro_batches: int) -> int:
-    """How many of the step's `micro_batches` the ascent pass uses: at least one, at most all."""
-    if args.sam_ascent_micro_batches is None:
+def ascent_count(wanted: float | None, micro_batches: int) -> int:
+    """How many of the step's `micro_batches` the ascent pass uses, of a `wanted` count or share: at least one."""
+    if wanted is None:
         return micro_batches
-    return min(micro_batches, max(1, resolve_count(args.sam_ascent_micro_batches, micro_batches)))
+    return min(micro_batches, max(1, resolve_count(wanted, micro_batches)))

@@ -1,22 +1,25 @@
-"""The two passes of one optimizer step, inside the calls that the host makes, one a micro-batch.
+"""The two passes of one optimizer step, for any training loop.
 
-The host calls once for each of the N micro-batches of a step and then clips and steps. All but the last call only keep
+The loop calls once for each of the N micro-batches of a step and then clips and steps. All but the last call only keep
 their micro-batch; the last one runs the ascent pass over the first k of them, perturbs the weights, runs the descent
-pass over all of them, and restores the weights. So between calls the host sees neither perturbed weights nor ascent
-gradients, and a step that the host leaves unfinished has cost nothing.
+pass over all of them, and restores the weights. So between calls the loop sees neither perturbed weights nor ascent
+gradients, and a step that is left unfinished has cost nothing.
 """
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .backends import Backend
+from .arguments import check_count
+from .backends import select_backend
 from .metrics import SAMMetrics
+from .perturbation import Perturbation
 from .replay import BufferState, RandomState
+from .schedule import ascent_count
 
 
 @dataclass
@@ -25,102 +28,236 @@ class _MicroBatch:
     inputs: Any
 
 
-class TwoPassStep:
-    """Collects the micro-batches of a step and takes both passes over them.
+class SAMStep:
+    """The SAM step for a training loop of one's own; [`SAMMixin`] takes the same one inside of a `Trainer`.
+
+    ```python
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    sam = SAMStep(accelerator, model, rho=0.05)
+
+    def forward_backward(batch):
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        return loss.detach() / accelerator.gradient_accumulation_steps
+
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = sam(forward_backward, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    ```
+
+    Dropout masks are the same in both passes, and random streams, BatchNorm statistics and other buffers end as they
+    would in plain training. In a loop without Accelerate, pass `Accelerator()`; nothing needs to be prepared.
 
     Args:
-        accelerator (`accelerate.Accelerator`): says which call is the last of a step, through `sync_gradients`.
-        metrics ([`~hf_sam.metrics.SAMMetrics`]): receives losses and norms.
-        replay_context (`Callable[[], AbstractContextManager]`): around each micro-batch that is computed a second
-            time, for state of the caller's that a forward pass advances.
+        accelerator (`accelerate.Accelerator`): the accelerator in use. Its `sync_gradients` says which call is the
+            last of a step, as `accelerator.accumulate` sets it; without accumulation every call is.
+        model (`torch.nn.Module`): the model as the loop calls it, after `accelerator.prepare`.
+        rho (`float`): radius of the perturbation (arXiv 2010.01412, eq. 2). May be changed between steps.
+        adaptive (`bool`, *optional*, defaults to `False`): ASAM (arXiv 2102.11600, eq. 8).
+        ascent_micro_batches (`float`, *optional*): over how many micro-batches of the step the ascent gradient is
+            taken, or which share of them if below 1. All of them when omitted.
+        ascent_sync (`str`, *optional*, defaults to `"global"`): `"local"`: each DDP replica climbs along the gradient
+            of its own micro-batches.
+        target_modules, exclude_modules (`list[str]`, *optional*): regular expressions of the names of the parameters
+            to perturb, or not to.
+        seed (`int`, *optional*, defaults to 0): seed of the stochastic rounding of 16-bit weights.
+        perturbed_context (`Callable[[bool], AbstractContextManager]`, *optional*): around each micro-batch that is
+            computed at the perturbed weights, for records that a forward pass makes; called with `True` where the
+            same micro-batch was computed at the unperturbed weights before.
+
+    Attributes:
+        step (`int`): optimizer steps taken, part of the seed of the stochastic rounding. `state_dict` holds it, so
+            that `accelerator.register_for_checkpointing(sam)` makes a resumed run repeat its noise.
+
+    Raises:
+        ValueError: if a value is out of range, a pattern matches nothing, or SAM cannot be done right in this
+            set-up; the message names the remedy.
     """
 
     def __init__(
         self,
         accelerator,
-        metrics: SAMMetrics,
-        replay_context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        model: torch.nn.Module,
+        rho: float,
+        *,
+        adaptive: bool = False,
+        ascent_micro_batches: float | None = None,
+        ascent_sync: str = "global",
+        target_modules: list[str] | None = None,
+        exclude_modules: list[str] | None = None,
+        seed: int = 0,
+        perturbed_context: Callable[[bool], contextlib.AbstractContextManager] | None = None,
     ):
+        check_count("ascent_micro_batches", ascent_micro_batches, zero_allowed=False)
+        if ascent_sync not in ("global", "local"):
+            raise ValueError(f"ascent_sync={ascent_sync!r} must be 'global' or 'local'.")
+        self.rho = rho
+        self.step = 0
+        self.ascent_micro_batches = ascent_micro_batches
+        self.backend = select_backend(
+            accelerator,
+            model,
+            adaptive=adaptive,
+            ascent_sync=ascent_sync,
+            target=target_modules,
+            exclude=exclude_modules,
+            seed=seed,
+        )
         self._accelerator = accelerator
-        self._metrics = metrics
-        self._replay_context = replay_context
+        self._metrics = SAMMetrics(accelerator)
+        self._perturbed_context = perturbed_context or (lambda replayed: contextlib.nullcontext())
         self.reset()
 
-    def reset(self) -> None:
-        """Forget the micro-batches of an unfinished step.
+    @property
+    def rho(self) -> float:
+        """Radius of the perturbation; with 0, a step is a plain one."""
+        return self._rho
 
-        Only for a new start. Where the host goes on with what an unfinished step accumulated (the end of a stream, a
+    @rho.setter
+    def rho(self, value: float):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"rho={value} must be a finite number, 0 or larger.")
+        self._rho = value
+
+    def reset(self) -> None:
+        """Forget the micro-batches of an unfinished step, and the metrics.
+
+        Only for a new start. Where the loop goes on with what an unfinished step accumulated (the end of a stream, a
         callback that stops an epoch), its micro-batches join the next step, as their gradients do in plain training.
         """
         self._window: list[_MicroBatch] = []
         self._buffers = BufferState()
+        self._start_of_ascent: RandomState | None = None
+        self._metrics.reset()
 
-    def add(
-        self,
-        forward_backward: Callable[[Any], torch.Tensor],
-        inputs: Any,
-        backend: Backend,
-        *,
-        rho: float,
-        step: int,
-        ascent_count: Callable[[int], int],
-    ) -> torch.Tensor:
-        """Take the next micro-batch; the last one of a step runs the step.
+    def __call__(self, forward_backward: Callable[[Any], torch.Tensor], inputs: Any) -> torch.Tensor:
+        """Take the next micro-batch; the last one of a step runs both passes and leaves the gradient at w + e.
 
         Args:
-            forward_backward (`Callable`): the host's own step for this micro-batch: computes the loss of the inputs,
-                accumulates its gradient, and returns the loss, detached, shape `()`.
-            inputs (`Any`): the micro-batch as the host got it.
-            backend ([`~hf_sam.backends.Backend`]): perturbs and restores.
-            rho (`float`): radius of the perturbation.
-            step (`int`): optimizer step, counted from 0.
-            ascent_count (`Callable[[int], int]`): how many of N micro-batches, the first ones, the ascent pass uses.
+            forward_backward (`Callable`): computes the loss of the inputs, accumulates its gradient, and returns its
+                share of the loss of the step, detached, shape `()`. It is called up to twice for each micro-batch.
+            inputs (`Any`): the micro-batch; kept until the last one arrives, so it must not be changed in between.
 
         Returns:
-            `torch.Tensor`: the unperturbed loss of the step in the last call, estimated from the ascent micro-batches
-            if they are not all, and 0 in the others; shape `()`.
+            `torch.Tensor`: in the last call of a step the loss at w, the sum of the shares (estimated from the ascent
+            micro-batches if they are not all), in the others 0; shape `()`. With `rho=0`, each call returns its share.
+
+        Raises:
+            RuntimeError: if the model has gradients from before, which would mix with those of this step.
         """
+        last = self._accelerator.sync_gradients
+        if self.rho == 0 and not self._window:
+            self.step += last
+            return forward_backward(inputs)
         self._window.append(_MicroBatch(forward_backward, inputs))
-        if not self._accelerator.sync_gradients:
+        if not last:
             return torch.zeros((), device=self._accelerator.device)
         window, self._window = self._window, []
         try:
-            return self._run(window, ascent_count(len(window)), backend, rho, step)
+            with self._undone_after_error():
+                loss = self._run(window, ascent_count(self.ascent_micro_batches, len(window)))
+        finally:
+            self._accelerator.gradient_state._set_sync_gradients(True)
+        self.step += 1
+        return loss
+
+    @contextlib.contextmanager
+    def ascent(self) -> Iterator[None]:
+        """Around the passes that give the ascent gradient, for loops that keep both passes in their own hands.
+
+        ```python
+        with sam.ascent():
+            accelerator.backward(loss_of(batch))
+        with sam.perturbed():
+            accelerator.backward(loss_of(batch))
+        optimizer.step()
+        ```
+        """
+        with self._undone_after_error():
+            self.backend.begin_step()
+            self._start_of_ascent = RandomState.capture(self.backend.devices)
+            with self.backend.ascent_pass(), self._buffers.observed(self.backend.model):
+                yield
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[Perturbation]:
+        """Inside, the weights are w + e, the gradients empty, and the random streams those of the ascent pass.
+
+        Afterwards, also after an error, the weights are w again, bit for bit, the gradients are those at w + e, and
+        random streams and buffers as the ascent pass left them.
+
+        Yields:
+            [`~hf_sam.perturbation.Perturbation`]: norm of the ascent gradient, and whether it was finite.
+
+        Raises:
+            RuntimeError: if there was no `ascent` before. (DeepSpeed would have stepped in a backward pass outside.)
+        """
+        start, self._start_of_ascent = self._start_of_ascent, None
+        if start is None:
+            raise RuntimeError("SAMStep.perturbed() needs an ascent gradient: run a backward pass in ascent() before.")
+        end = RandomState.capture(self.backend.devices)
+        with self._undone_after_error():
+            with self.backend.descent_pass(), self._buffers.preserved(self.backend.model):
+                perturbation = self.backend.perturb(self.rho, step=self.step)
+                start.restore()
+                yield perturbation
+            self.backend.restore()
+        end.restore()
+        self.step += 1
+
+    def pop_metrics(self) -> dict[str, float]:
+        """The `sam/...` metrics, averaged over the steps since the last call; waits for the device."""
+        return self._metrics.pop()
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict`."""
+        self.step = state["step"]
+
+    @contextlib.contextmanager
+    def _undone_after_error(self):
+        try:
+            yield
         except BaseException:
             # Whoever catches this finds the weights of before the step and no half of a gradient.
             try:
-                backend.restore(after_error=True)
+                self.backend.restore(after_error=True)
             finally:
-                backend.clear_gradients()
+                self.backend.clear_gradients()
             raise
-        finally:
-            self._accelerator.gradient_state._set_sync_gradients(True)
 
-    def _run(self, window, k, backend, rho, step) -> torch.Tensor:
+    def _run(self, window: list[_MicroBatch], k: int) -> torch.Tensor:
+        backend = self.backend
         backend.begin_step()
         states, losses = [], []
         with backend.ascent_pass():
             for i, micro_batch in enumerate(window[:k]):
                 states.append(RandomState.capture(backend.devices))
                 with self._buffers.observed(backend.model):
-                    # The host's step may take keys out of the inputs, which the second pass needs again.
+                    # The loop's own step may take keys out of the inputs, which the second pass needs again.
                     inputs = copy.copy(micro_batch.inputs)
-                    losses.append(self._compute(backend, micro_batch, inputs, last=i == k - 1))
+                    losses.append(self._compute(micro_batch, inputs, last=i == k - 1))
         end_of_ascent = RandomState.capture(backend.devices)
 
         perturbed_losses = []
         with backend.descent_pass():
-            perturbation = backend.perturb(rho, step=step, measure=self._metrics.wants_kept)
+            perturbation = backend.perturb(self.rho, step=self.step, measure=self._metrics.wants_kept)
             for i, micro_batch in enumerate(window):
-                last = i == len(window) - 1
-                if i < k:
+                last, replayed = i == len(window) - 1, i < k
+                if replayed:
                     states[i].restore()
-                    with self._buffers.preserved(backend.model), self._replay_context():
-                        perturbed_losses.append(self._compute(backend, micro_batch, micro_batch.inputs, last))
-                else:
-                    if i == k:
-                        end_of_ascent.restore()
-                    self._compute(backend, micro_batch, micro_batch.inputs, last)
+                elif i == k:
+                    end_of_ascent.restore()
+                buffers = self._buffers.preserved(backend.model) if replayed else contextlib.nullcontext()
+                with buffers, self._perturbed_context(replayed):
+                    loss = self._compute(micro_batch, micro_batch.inputs, last)
+                if replayed:
+                    perturbed_losses.append(loss)
         if k == len(window):
             end_of_ascent.restore()
         backend.restore()
@@ -131,8 +268,8 @@ class TwoPassStep:
         self._metrics.update(clean, perturbed, perturbation.norm * (scale / backend.loss_scale()), perturbation)
         return clean
 
-    def _compute(self, backend, micro_batch, inputs, last) -> torch.Tensor:
+    def _compute(self, micro_batch, inputs, last) -> torch.Tensor:
         self._accelerator.gradient_state._set_sync_gradients(last)
-        with backend.micro_batch(last):
+        with self.backend.micro_batch(last):
             # Cloned, because a CUDA graph overwrites its output in its next run.
             return micro_batch.forward_backward(inputs).clone()

@@ -1,17 +1,19 @@
 """`SAMTrainer`, and the mixin that gives the two-pass step to any `Trainer`."""
 
 import contextlib
+import os
 
 from accelerate.logging import get_logger
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .arguments import SAMArguments
-from .backends import Backend, check_supported, select_backend
-from .metrics import SAMMetrics
+from .backends import check_supported
+from .model_card import describe_in_model_card
 from .parameters import select_names, trainable_parameters
+from .replay import recorded_once
 from .schedule import SAMWindow, annealing_kwargs, ascent_count
-from .step import TwoPassStep
+from .step import SAMStep
 
 logger = get_logger(__name__)
 
@@ -29,23 +31,35 @@ class SAMMixin:
     The arguments must carry the fields of [`SAMArguments`]. While SAM acts, the `loss` that the host logs stays the
     one at the unperturbed weights, and the metrics of [`~hf_sam.metrics.SAMMetrics`] join the logs.
 
+    Class attributes:
+        sam_recorded (`tuple[str, ...]`): attributes of the trainer that its `compute_loss` appends numbers to or counts
+            up. The second pass leaves no trace in them. Holds those of TRL's trainers; extend it with your own:
+            `sam_recorded = (*SAMMixin.sam_recorded, "my_counter")`.
+
     Raises:
         ValueError: at construction, if the arguments have no SAM fields or ask for something that cannot be done
             right; the message names the remedy.
     """
 
+    sam_recorded: tuple[str, ...] = ("_metrics", "_total_train_tokens")
+
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, SAMArguments):
+        # What can be told now is told before the host prepares its models and datasets, which may take hours.
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
+        if not any(isinstance(value, SAMArguments) for value in given):
+            kind = type(given[0]).__name__ if given else "TrainingArguments"
             raise ValueError(
-                f"{type(self).__name__} needs arguments with SAM fields, but got {type(self.args).__name__}. Pass "
-                "hf_sam.SAMTrainingArguments, or a config of your own with hf_sam.SAMArguments mixed in: "
-                f"class MyConfig(SAMArguments, {type(self.args).__name__})."
+                f"{type(self).__name__} needs arguments with SAM fields, but got {kind if given else 'none'}. Pass "
+                "hf_sam.SAMTrainingArguments, hf_sam.SAMSFTConfig, or a config of your own with the SAM fields: "
+                f"MyConfig = hf_sam.with_sam({kind})."
             )
-        self._sam_metrics = SAMMetrics(self.accelerator)
-        self._sam_step = TwoPassStep(self.accelerator, self._sam_metrics, self.sam_replay_context)
-        self._sam_backend: Backend | None = None
-        self._sam_warned = False
+        if any(isinstance(value, SAMArguments) and value.sam_rho > 0 for value in given):
+            self._check_on_policy()
+        super().__init__(*args, **kwargs)
+        self._sam: SAMStep | None = None
+        self._sam_reached = False
+        self._sam_warned: set[str] = set()
+        self._sam_scheduler_given = self.lr_scheduler is not None
         self._check_sam()
 
     def __init_subclass__(cls, **kwargs):
@@ -60,6 +74,7 @@ class SAMMixin:
     # The step.
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self._sam_reached = True
         if not self._sam_acts():
             return super().training_step(model, inputs, num_items_in_batch)
         host_step = super().training_step
@@ -74,38 +89,31 @@ class SAMMixin:
                 self.current_gradient_accumulation_steps = current
 
         try:
-            return self._sam_step.add(
-                forward_backward,
-                inputs,
-                self._backend_for(model),
-                rho=self.args.sam_rho,
-                step=self.state.global_step,
-                ascent_count=lambda count: ascent_count(self.args, count),
-            )
+            sam = self._sam_for(model)
+            sam.rho, sam.step = self.args.sam_rho, self.state.global_step
+            return sam(forward_backward, inputs)
         except BaseException:
             # The host may start over with the model wrapped anew (auto_find_batch_size).
-            self._forget_steps()
+            self._sam = None
             raise
 
     def train(self, *args, **kwargs):
-        self._forget_steps()
+        self._sam = None
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._forget_steps()
+            self._sam = None
 
-    def _forget_steps(self):
-        self._sam_metrics.reset()
-        self._sam_step.reset()
-        self._sam_backend = None
+    def sam_perturbed_context(self, replayed: bool) -> contextlib.AbstractContextManager:
+        """Around each micro-batch that is computed at the perturbed weights.
 
-    def sam_replay_context(self) -> contextlib.AbstractContextManager:
-        """Around each micro-batch that is computed a second time, at the perturbed weights.
+        Keeps what `compute_loss` writes into the attributes of `sam_recorded` as plain training would leave it.
+        Override it for records that are kept in another way; buffers of the model need no care.
 
-        The buffers of the model are kept from advancing twice already. Override it if your `compute_loss` counts or
-        records something of its own.
+        Args:
+            replayed (`bool`): whether the same micro-batch was computed, and recorded, at the unperturbed weights.
         """
-        return contextlib.nullcontext()
+        return recorded_once(self, self.sam_recorded, replayed)
 
     def _sam_acts(self) -> bool:
         # Without an optimizer nothing is being trained: whoever calls the step wants loss and gradient at w.
@@ -117,31 +125,34 @@ class SAMMixin:
         # The last step of an epoch may have fewer than the arguments say.
         return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
 
-    def _backend_for(self, model) -> Backend:
-        if self._sam_backend is None or self._sam_backend.model is not model:
-            self._sam_backend = select_backend(
+    def _sam_for(self, model) -> SAMStep:
+        if self._sam is None or self._sam.backend.model is not model:
+            self._sam = SAMStep(
                 self.accelerator,
                 model,
+                self.args.sam_rho,
                 adaptive=self.args.sam_adaptive,
+                ascent_micro_batches=self.args.sam_ascent_micro_batches,
                 ascent_sync=self.args.sam_ascent_sync,
-                target=self.args.sam_target_modules,
-                exclude=self.args.sam_exclude_modules,
+                target_modules=self.args.sam_target_modules,
+                exclude_modules=self.args.sam_exclude_modules,
                 seed=self.args.seed,
+                perturbed_context=self.sam_perturbed_context,
             )
-            if self._sam_backend.has_coarse_weights():
-                logger.warning(
+            if self._sam.backend.has_coarse_weights():
+                self._warn_once(
                     "SAM perturbs 16-bit weights that have no fp32 copy. Stochastic rounding keeps the perturbation "
                     "right on average, but adds rounding noise that can be larger than the perturbation itself. For "
                     "an exact step load the model in float32 and train with bf16=True or fp16=True."
                 )
-        return self._sam_backend
+        return self._sam
 
     # What surrounds it.
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Hyperparameter search sets arguments after they were checked; this is the first hook that runs after it.
         self.args.check_sam()
-        self._check_sam(own_scheduler=False)
+        self._check_sam()
         if self.args.anneal_steps is None:
             return super().create_scheduler(num_training_steps, optimizer)
         given = self.args.lr_scheduler_kwargs
@@ -161,29 +172,41 @@ class SAMMixin:
         if not self._sam_acts():
             return operations
         micro_batches = self._micro_batches()
-        return operations * (1 + ascent_count(self.args, micro_batches) / micro_batches)
+        return operations * (1 + ascent_count(self.args.sam_ascent_micro_batches, micro_batches) / micro_batches)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            sam_logs = self._sam_metrics.pop()
-            self._warn_if_rounded_away(sam_logs.get("sam/perturbation_kept", 1.0))
+            sam_logs = self._sam.pop_metrics() if self._sam is not None else {}
+            low, high = _KEPT_RANGE
+            kept = sam_logs.get("sam/perturbation_kept", 1.0)
+            if not low <= kept <= high:
+                self._warn_once(
+                    f"Of the SAM perturbation, the stored weights kept {kept:.2f} instead of 1: it is lost in their "
+                    "rounding. Load the model in float32 and train with bf16=True or fp16=True, or raise sam_rho."
+                )
+            if self.args.sam_rho > 0 and not self._sam_reached:
+                self._warn_once(
+                    f"SAM did not act: the `training_step` of {type(self).__name__} never calls that of SAMMixin. Call "
+                    "super().training_step() in it, or put SAMMixin in front of the class that overrides it."
+                )
             logs.update(sam_logs)
         return super().log(logs, start_time)
 
-    def _warn_if_rounded_away(self, kept: float):
-        low, high = _KEPT_RANGE
-        if not low <= kept <= high and not self._sam_warned:
-            self._sam_warned = True
-            logger.warning(
-                f"Of the SAM perturbation, the stored weights kept {kept:.2f} instead of 1: it is lost in their "
-                "rounding. Load the model in float32 and train with bf16=True or fp16=True, or raise sam_rho."
-            )
+    def _warn_once(self, message: str):
+        if message[:40] not in self._sam_warned:
+            self._sam_warned.add(message[:40])
+            logger.warning(message)
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            describe_in_model_card(os.path.join(self.args.output_dir, "README.md"), self.args, self.state.log_history)
 
     # What is refused.
 
-    def _check_sam(self, own_scheduler: bool = True):
+    def _check_sam(self):
         if self.args.anneal_steps is not None:
-            self._check_annealing(own_scheduler)
+            self._check_annealing()
         if self.args.sam_rho <= 0:
             return
         check_supported(self.accelerator, self.args.sam_ascent_sync)
@@ -193,12 +216,7 @@ class SAMMixin:
                 f"SAM does not support optim={optim.value!r}, which updates the weights inside the backward pass, so "
                 "that there is no gradient to climb along. Use another optimizer, e.g. optim='adamw_torch'."
             )
-        on_policy = {"_prepare_inputs", "_generate", "generate_on_policy_outputs"}
-        if any(base.__module__.startswith("trl.") and on_policy & vars(base).keys() for base in type(self).__mro__):
-            raise ValueError(
-                f"SAM does not support {type(self).__name__}, which generates its training data inside of the step: "
-                "the second pass would see other data than the first. Use a trainer that learns from a fixed dataset."
-            )
+        self._check_on_policy()
         if getattr(self, "is_distributed_loading_by_transformers", False):
             raise ValueError(
                 "SAM does not support a model that was sharded while it was loaded (`distributed_config`). Load it "
@@ -207,8 +225,17 @@ class SAMMixin:
         # A wrong pattern should be told now, not after the data was prepared and the model was sharded.
         select_names(trainable_parameters(self.model), self.args.sam_target_modules, self.args.sam_exclude_modules)
 
-    def _check_annealing(self, own_scheduler: bool):
-        if own_scheduler and self.lr_scheduler is not None:
+    def _check_on_policy(self):
+        on_policy = {"_prepare_inputs", "_generate", "generate_on_policy_outputs"}
+        if any(base.__module__.startswith("trl.") and on_policy & vars(base).keys() for base in type(self).__mro__):
+            raise ValueError(
+                f"SAM does not support {type(self).__name__}, which generates its training data inside of the step: "
+                "the second pass would see other data than the first, and its importance weights compare with "
+                "log-probabilities at the unperturbed weights. Use a trainer that learns from a fixed dataset."
+            )
+
+    def _check_annealing(self):
+        if self._sam_scheduler_given:
             raise ValueError(
                 "anneal_steps sets the learning-rate schedule, but a scheduler was passed in `optimizers`. Pass "
                 "`optimizers=(optimizer, None)`, or drop anneal_steps."

@@ -31,16 +31,28 @@ def test_importing_needs_only_torch_transformers_and_accelerate():
         f"for name in {OPTIONAL!r}: sys.modules[name] = None\n"
         "import hf_sam\n"
         "print(hf_sam.SAMTrainer.__name__, hf_sam.__version__)\n"
+        "try: hf_sam.SAMSFTTrainer\n"
+        "except ImportError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["SAMTrainer", version("hf-sam")]
+    first, second = done.stdout.splitlines()
+    assert first.split() == ["SAMTrainer", version("hf-sam")]
+    assert "pip install 'hf-sam[sft]'" in second
 
 
 def test_public_names_and_typing_marker():
     import hf_sam
 
-    assert set(hf_sam.__all__) == {"SAMArguments", "SAMMixin", "SAMTrainer", "SAMTrainingArguments", "__version__"}
+    assert set(hf_sam.__all__) == {
+        "SAMArguments",
+        "SAMMixin",
+        "SAMStep",
+        "SAMTrainer",
+        "SAMTrainingArguments",
+        "__version__",
+        "with_sam",
+    }
     assert (Path(hf_sam.__file__).parent / "py.typed").exists()
 
 

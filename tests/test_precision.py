@@ -89,10 +89,10 @@ def test_fp32_training_does_not_warn(tmp_path, caplog):
 
 def test_a_lost_perturbation_is_warned_about(tmp_path, caplog):
     class RoundsToNearest(SAMTrainer):
-        def _backend_for(self, model):
-            backend = super()._backend_for(model)
-            backend.stochastic_rounding = False
-            return backend
+        def _sam_for(self, model):
+            sam = super()._sam_for(model)
+            sam.backend.stochastic_rounding = False
+            return sam
 
     model = olmo2(dtype=torch.bfloat16)
     with torch.no_grad():

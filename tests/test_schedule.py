@@ -36,7 +36,7 @@ def test_window_holds_the_steps_asked_for(flags, steps):
     [(None, 4, 4), (1, 4, 1), (3, 4, 3), (9, 4, 4), (0.25, 4, 1), (0.3, 4, 2), (0.01, 4, 1), (1, 1, 1)],
 )
 def test_ascent_uses_as_many_micro_batches_as_asked_for(wanted, available, used):
-    assert ascent_count(SAMArguments(sam_ascent_micro_batches=wanted), available) == used
+    assert ascent_count(wanted, available) == used
 
 
 def test_a_share_of_steps_rounds_up_as_in_the_host():

@@ -93,7 +93,7 @@ def token_dataset(rows: int = 64, length: int = 16, seed: int = 1) -> list[dict]
     return dataset
 
 
-def arguments(output_dir, **overrides) -> SAMTrainingArguments:
+def arguments(output_dir, config_class=SAMTrainingArguments, **overrides) -> SAMTrainingArguments:
     """Arguments of a short, deterministic, quiet run on the CPU."""
     settings = {
         "output_dir": str(output_dir),
@@ -109,7 +109,7 @@ def arguments(output_dir, **overrides) -> SAMTrainingArguments:
         "seed": 7,
         **overrides,
     }
-    return SAMTrainingArguments(**settings)
+    return config_class(**settings)
 
 
 def trainer(output_dir, model=None, dataset=None, trainer_class=SAMTrainer, **overrides):

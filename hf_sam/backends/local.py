@@ -25,6 +25,15 @@ class LocalBackend(Backend):
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
+    def begin_step(self):
+        super().begin_step()
+        if any(param.grad is not None for param in self._trainable.values()):
+            raise RuntimeError(
+                "SAM found gradients from before its step, which would turn the ascent direction and then be lost. "
+                "Clear them after each optimizer step with `zero_grad(set_to_none=True)`, accumulate micro-batches "
+                "under `accelerator.accumulate(model)` instead of by hand, and add penalties to the loss of the step."
+            )
+
     def ascent_pass(self):
         no_sync = getattr(self.model, "no_sync", None)
         if self.ascent_sync == "local" and no_sync is not None:

@@ -19,6 +19,7 @@ class Case:
     bf16: bool = False
     offload: bool = False
     zero: dict = field(default_factory=dict)  # options of `zero_optimization`
+    sft: bool = False  # TRL's trainer instead of transformers'
     only: tuple[str, ...] = ()
 
     @property
@@ -50,6 +51,7 @@ CASES = (
     Case("round_robin", accumulation=2, zero={"round_robin_gradients": True}, only=("zero1", "zero2")),
     Case("overlap", accumulation=2, zero={"overlap_comm": True, "contiguous_gradients": True}, only=("zero2", "zero3")),
     Case("local_ascent", accumulation=2, sam={"sam_rho": 0.05, "sam_ascent_sync": "local"}, only=("ddp",)),
+    Case("sft", accumulation=2, sft=True, only=("ddp", "fsdp2", "zero3")),
     Case("plain", accumulation=2, sam={"sam_rho": 0.0}),
 )
 

@@ -61,6 +61,22 @@ def trajectory(case: Case, replicas: int = 1) -> dict:
     return {"logs": logs, "weights": {name: value.detach().clone() for name, value in model.state_dict().items()}}
 
 
+def hand_loop(replicas: int) -> tuple[list[float], dict]:
+    """Losses and final weights of the loop without a trainer, whose loss is a mean over the tokens of a replica."""
+    model = build_model(Case("hand_loop")).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    share = GLOBAL_BATCH // replicas
+    rows = token_dataset(rows=GLOBAL_BATCH * 2 * MAX_STEPS)
+    parts = [_stack(rows[i : i + share]) for i in range(0, len(rows), share)]
+    losses = []
+    for i in range(0, len(parts), 2 * replicas):
+        window = parts[i : i + 2 * replicas]
+        result = sam_step(model, window, lambda m, batch: m(**batch).loss / (2 * replicas), rho=0.05)
+        optimizer.step()
+        losses.append(result.loss)
+    return losses, {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
 def _mean_norm(results, replicas) -> float:
     # Each replica's loss is normalized by the tokens of all of them, and the trainer scales that up again.
     return sum(result.ascent_grad_norm * replicas for result in results) / replicas

@@ -4,11 +4,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from distributed.cases import Case
-from toy import step_logs
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from distributed.cases import GLOBAL_BATCH, LEARNING_RATE, MAX_STEPS, Case
+from distributed.strategies import accelerate_plugins
+from torch.utils.data import DataLoader
+from toy import step_logs, token_dataset
 from transformers import Trainer, TrainerCallback
 
-from hf_sam import SAMTrainer
+from hf_sam import SAMStep, SAMTrainer
 
 
 class _FailsInDescentPass(SAMTrainer):
@@ -173,4 +177,38 @@ def one_rank_missing(strategy: str, output_dir: Path) -> None:
         torch.save({"alone": alone, "together": together}, output_dir / "one_rank_missing.pt")
 
 
-ALL = (interrupted, switched_off, overflow, resumed, one_rank_missing)
+def hand_loop(strategy: str, output_dir: Path) -> None:
+    """A loop written with Accelerate and without a trainer, with two micro-batches a step."""
+    from distributed import worker
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, **accelerate_plugins(strategy))
+    model = worker.build_model(Case("hand_loop")).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    rows = token_dataset(rows=GLOBAL_BATCH * 2 * MAX_STEPS)
+    loader = DataLoader(rows, batch_size=GLOBAL_BATCH // accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    sam = SAMStep(accelerator, model, rho=0.05)
+
+    def forward_backward(batch):
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        return loss.detach() / 2
+
+    losses = []
+    for batch in loader:
+        with accelerator.accumulate(model):
+            losses.append(accelerator.reduce(sam(forward_backward, batch), reduction="mean").item())
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = accelerator.get_state_dict(model)
+    metrics = sam.pop_metrics()
+    if accelerator.is_main_process:
+        torch.save(
+            {"losses": losses, "weights": {k: v.cpu() for k, v in weights.items()}, "metrics": metrics},
+            output_dir / "hand_loop.pt",
+        )
+
+
+ALL = (interrupted, switched_off, overflow, resumed, one_rank_missing, hand_loop)

@@ -32,3 +32,24 @@ def strategy_arguments(strategy: str, offload: bool = False, zero_options: dict 
         }
         return {"deepspeed": config}
     return {}
+
+
+def accelerate_plugins(strategy: str) -> dict:
+    """Arguments of an `Accelerator` that select `strategy`, for loops without a trainer."""
+    from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+
+    if strategy == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Olmo2DecoderLayer"],
+            reshard_after_forward=True,
+        )
+        return {"fsdp_plugin": plugin}
+    if strategy.startswith("zero"):
+        config = strategy_arguments(strategy)["deepspeed"]
+        config["zero_allow_untested_optimizer"] = True
+        config["gradient_clipping"] = 0.0
+        config["bf16"] = {"enabled": False}
+        return {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)}
+    return {}

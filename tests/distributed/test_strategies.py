@@ -135,6 +135,16 @@ def test_a_rank_that_fails_alone_does_not_wait_for_the_others_forever(results, s
     assert outcome == {"alone": False, "together": [True, True]}
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_loop_without_a_trainer_follows_the_reference(results, strategy):
+    outcome = results(strategy, "hand_loop")
+    losses, weights = oracle.hand_loop(1 if strategy == "single" else WORLD_SIZE)
+    assert outcome["losses"][::2] == [0.0] * len(losses)
+    assert outcome["losses"][1::2] == pytest.approx(losses, abs=FP32_TOLERANCE)
+    assert relative_distance(outcome["weights"], weights) <= FP32_TOLERANCE
+    assert outcome["metrics"]["sam/sharpness"] > 0
+
+
 def assert_bitwise(weights, reference):
     assert set(weights) == set(reference)
     for name, value in reference.items():

@@ -35,11 +35,31 @@ def build_trainer(strategy: str, case: Case, output_dir: Path, trainer_class=SAM
         **strategy_arguments(strategy, case.offload, case.zero),
         **overrides,
     }
-    args = arguments(output_dir / f"{case.name}-run", **settings)
+    rows = token_dataset(rows=GLOBAL_BATCH * case.accumulation * settings["max_steps"])
+    if case.sft:
+        return build_sft_trainer(case, output_dir, rows, settings)
     return trainer_class(
-        model=build_model(case),
-        args=args,
-        train_dataset=token_dataset(rows=GLOBAL_BATCH * case.accumulation * args.max_steps),
+        model=build_model(case), args=arguments(output_dir / f"{case.name}-run", **settings), train_dataset=rows
+    )
+
+
+def build_sft_trainer(case: Case, output_dir: Path, rows: list[dict], settings: dict):
+    """TRL's trainer on the same rows, which its own collator pads."""
+    from datasets import Dataset
+    from toy_trl import tokenizer
+
+    from hf_sam import SAMSFTConfig, SAMSFTTrainer
+
+    unpadded = [
+        {name: row[name][row["attention_mask"].bool()].tolist() for name in ("input_ids", "labels")} for row in rows
+    ]
+    args = arguments(
+        output_dir / f"{case.name}-run",
+        SAMSFTConfig,
+        **{**settings, "bf16": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
+    )
+    return SAMSFTTrainer(
+        model=build_model(case), args=args, train_dataset=Dataset.from_list(unpadded), processing_class=tokenizer()
     )
 
 

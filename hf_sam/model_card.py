@@ -1,0 +1,71 @@
+"""What a model card says about sharpness-aware training and shortened annealing."""
+
+from huggingface_hub import ModelCard
+
+from .arguments import SAMArguments
+
+_HEADING = "## Sharpness-aware training"
+
+_CITATIONS = """\
+```bibtex
+@misc{sharpness_aware_pretraining,
+    title  = {Sharpness-Aware Pretraining Mitigates Catastrophic Forgetting},
+    eprint = {2605.02105},
+    archivePrefix = {arXiv},
+    url    = {https://arxiv.org/abs/2605.02105},
+}
+@inproceedings{foret2021sharpnessaware,
+    title     = {Sharpness-Aware Minimization for Efficiently Improving Generalization},
+    author    = {Foret, Pierre and Kleiner, Ariel and Mobahi, Hossein and Neyshabur, Behnam},
+    booktitle = {International Conference on Learning Representations},
+    year      = {2021},
+    url       = {https://arxiv.org/abs/2010.01412},
+}
+```"""
+
+
+def describe_in_model_card(path: str, args: SAMArguments, log_history: list[dict]) -> None:
+    """Add tags, settings, final sharpness and citations to the model card that the host wrote.
+
+    Args:
+        path (`str`): the card; nothing happens if the host wrote none, or the run used neither SAM nor annealing.
+        args ([`SAMArguments`]): arguments of the run.
+        log_history (`list[dict]`): the logs of the run.
+    """
+    settings = used_settings(args)
+    try:
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+    except FileNotFoundError:
+        return
+    if not settings or _HEADING in card.text:
+        return
+    tags = card.data.tags or []
+    card.data.tags = [*tags, *(tag for tag in _tags(args) if tag not in tags)]
+    card.text = f"{card.text.rstrip()}\n\n{_section(args, settings, log_history)}\n"
+    card.save(path)
+
+
+def used_settings(args: SAMArguments) -> dict:
+    """The SAM and annealing fields that shaped the run: those of a feature in use, without unset ones."""
+    settings = {}
+    for name in SAMArguments.__dataclass_fields__:
+        in_use = args.anneal_steps is not None if name.startswith("anneal_") else args.sam_rho > 0
+        if in_use and getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    return settings
+
+
+def _tags(args: SAMArguments) -> list[str]:
+    return ["hf-sam", "sharpness-aware-minimization"] if args.sam_rho > 0 else ["hf-sam"]
+
+
+def _section(args: SAMArguments, settings: dict, log_history: list[dict]) -> str:
+    lines = [_HEADING, ""]
+    if args.sam_rho > 0:
+        lines += ["Trained with sharpness-aware minimization: each gradient was taken at the worst nearby weights.", ""]
+    lines += ["| setting | value |", "| --- | --- |"]
+    lines += [f"| `{name}` | {value} |" for name, value in settings.items()]
+    last = next((logs for logs in reversed(log_history) if "sam/sharpness" in logs), None)
+    if last is not None:
+        lines.append(f"| final sharpness, L(w + e) - L(w) | {last['sam/sharpness']:.4g} (step {last['step']}) |")
+    return "\n".join([*lines, "", "### Citation of the method", "", _CITATIONS])

@@ -1,0 +1,34 @@
+"""`SAMSFTTrainer`: TRL's supervised fine-tuning with sharpness-aware steps. Needs the extra `sft`."""
+
+from dataclasses import dataclass
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    raise ImportError(
+        f"SAMSFTTrainer and SAMSFTConfig need TRL ({error}). Install it with `pip install 'hf-sam[sft]'`."
+    ) from error
+
+from .arguments import SAMArguments
+from .trainer import SAMMixin
+
+
+@dataclass
+class SAMSFTConfig(SAMArguments, SFTConfig):
+    """[`~trl.SFTConfig`] with the fields of [`SAMArguments`]."""
+
+
+class SAMSFTTrainer(SAMMixin, SFTTrainer):
+    """[`~trl.SFTTrainer`] with sharpness-aware steps; takes [`SAMSFTConfig`]. See [`SAMMixin`].
+
+    TRL's own metrics (`entropy`, `mean_token_accuracy`, `num_tokens`) are those at the unperturbed weights.
+
+    Raises:
+        ValueError: also if `args` have SAM fields, but not those of `SFTConfig`.
+    """
+
+    def __init__(self, model=None, args=None, *more, **kwargs):
+        if isinstance(args, SAMArguments) and not isinstance(args, SFTConfig):
+            # TRL would rebuild them as a plain SFTConfig, which does not know the SAM fields.
+            raise ValueError(f"SAMSFTTrainer needs hf_sam.SAMSFTConfig, but got {type(args).__name__}.")
+        super().__init__(model, args, *more, **kwargs)
