@@ -99,6 +99,9 @@ def run(strategy: str, case: Case, output_dir: Path) -> None:
 def main():
     strategy, output_dir, *names = sys.argv[1:]
     torch.set_num_threads(1)
+    if not names or "hand_loop" in names:
+        # First, because an accelerator without a trainer finds its own settings only in a fresh process.
+        scenarios.hand_loop(strategy, Path(output_dir))
     for case in cases_of(strategy):
         if not names or case.name in names:
             run(strategy, case, Path(output_dir))

@@ -1,0 +1,146 @@
+"""The `hf-sam` command: `sft`, `clm`, and `run` for any script.
+
+In the style of `trl sft`: flags of the trainer's own parser, `--config FILE` for a YAML file with more of them, and
+whatever that parser does not know (`--num_processes 2`, `--accelerate_config FILE`) goes to `accelerate launch`, which
+then starts the same command in every process. Without such flags the command runs in this process.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+
+# Tells the processes that this command launches not to launch again what they read in the config file.
+_LAUNCHED = "HF_SAM_LAUNCHED"
+
+_USAGE = """\
+usage: hf-sam COMMAND [flags]
+
+commands:
+  sft             supervised fine-tuning: TRL's `sft` script with SAM
+  clm             pretraining on plain text, from a checkpoint or from scratch
+  run SCRIPT      any training script, with SAM in the trainers that it names
+
+`hf-sam COMMAND --help` lists the flags of `sft` and `clm`. Start `run` on several processes with
+`accelerate launch -m hf_sam run SCRIPT ...` or `torchrun -m hf_sam run SCRIPT ...`.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (of the process when omitted); returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    command, *rest = argv
+    if command == "run":
+        return _run(rest)
+    if command not in ("sft", "clm"):
+        print(f"hf-sam: there is no command {command!r}.\n\n{_USAGE}", end="", file=sys.stderr)
+        return 2
+    missing = [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"hf-sam {command} needs {', '.join(missing)}. Install them: pip install 'hf-sam[sft]'.", file=sys.stderr)
+        return 1
+    return _train(command, rest)
+
+
+def _run(argv: list[str]) -> int:
+    from .script import run_script
+
+    if not argv or argv[0].startswith("-"):
+        print("hf-sam run: say which script to run: hf-sam run SCRIPT [flags of the script]", file=sys.stderr)
+        return 2
+    try:
+        run_script(argv[0], argv[1:])
+    except FileNotFoundError as error:
+        if error.errno is not None:  # the script's own
+            raise
+        print(f"hf-sam run: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(command: str, argv: list[str]) -> int:
+    parser = _parser(command)
+    # Prints the help and exits where asked to.
+    *_, from_config, unknown = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launch, argv = [*from_config, *unknown], _without(argv, unknown)
+    if launch and not _is_launched():
+        _launch(command, launch, argv)
+    else:
+        _program(command)(argv)
+    return 0
+
+
+def _is_launched() -> bool:
+    return _LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
+
+
+def _program(command: str) -> Callable[[list[str]], None]:
+    """What trains in this process."""
+    if command == "clm":
+        from . import clm
+
+        return clm.main
+    import trl.scripts.sft
+
+    from .script import run_script
+
+    return lambda argv: run_script(trl.scripts.sft.__file__, argv)
+
+
+def _parser(command: str):
+    """The parser of the program, with the flags of SAM in a group of their own in the help."""
+    if command == "clm":
+        from .clm import make_parser
+
+        return grouped(make_parser())
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from .sft import SAMSFTConfig
+
+    return grouped(TrlParser((ScriptArguments, SAMSFTConfig, ModelConfig, DatasetMixtureConfig), prog="hf-sam sft"))
+
+
+def grouped(parser):
+    """Show the fields of [`~hf_sam.SAMArguments`] in groups of their own in the `--help` of an argparse parser.
+
+    Args:
+        parser (`argparse.ArgumentParser`): e.g. an `HfArgumentParser`; changed in place and returned.
+    """
+    from .arguments import SAMArguments
+
+    groups = {
+        "sam_": parser.add_argument_group("sharpness-aware training"),
+        "anneal_": parser.add_argument_group("shortened annealing"),
+    }
+    for source in parser._action_groups[:-2]:
+        for action in [action for action in source._group_actions if action.dest in SAMArguments.__dataclass_fields__]:
+            source._group_actions.remove(action)
+            groups["sam_" if action.dest.startswith("sam_") else "anneal_"]._group_actions.append(action)
+    return parser
+
+
+def _launch(command: str, launch: list[str], argv: list[str]) -> None:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    launch = resolve_accelerate_config_argument(launch)
+    # An unknown flag ends here, with the message of accelerate's parser.
+    args = launch_command_parser().parse_args([*launch, "--module", "hf_sam", command, *argv])
+    os.environ[_LAUNCHED] = "1"
+    launch_command(args)
+
+
+def _without(argv: list[str], taken: list[str]) -> list[str]:
+    """`argv` without `taken`, which are some of its elements in their order."""
+    rest, taken = [], list(taken)
+    for argument in argv:
+        if taken and argument == taken[0]:
+            taken.pop(0)
+        else:
+            rest.append(argument)
+    return rest

@@ -1,0 +1,116 @@
+"""`hf-sam clm`: pretraining on plain text, from a checkpoint or from scratch, with TRL's trainer and data handling."""
+
+from dataclasses import dataclass, field
+
+from datasets import load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from .sft import SAMSFTConfig, SAMSFTTrainer
+
+
+@dataclass
+class CLMConfig(SAMSFTConfig):
+    """[`SAMSFTConfig`] with the defaults of language modelling: texts concatenated and cut into blocks.
+
+    Parameters:
+        from_scratch (`bool`, *optional*, defaults to `False`):
+            Take only the configuration and the tokenizer of `model_name_or_path`, and start from random weights.
+    """
+
+    packing: bool = field(default=True, metadata={"help": "Fill every block of `max_length` tokens with texts."})
+    packing_strategy: str = field(
+        default="wrapped",
+        metadata={"help": "'wrapped': concatenate all texts and cut. 'bfd': keep texts whole where they fit."},
+    )
+    from_scratch: bool = field(
+        default=False,
+        metadata={"help": "Start from random weights, with the configuration and tokenizer of the model."},
+    )
+
+
+def make_parser(prog: str = "hf-sam clm") -> TrlParser:
+    """Parser of the command: TRL's arguments for data and model, and [`CLMConfig`]."""
+    return TrlParser((ScriptArguments, CLMConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(argv: list[str]) -> None:
+    """Train on the column `text` (or `--dataset_text_field`) of a dataset, and save.
+
+    Args:
+        argv (`list[str]`): flags; `--config FILE` reads more of them from YAML.
+
+    Raises:
+        ValueError: if model, dataset, split or column is missing; the message names what there is.
+    """
+    script_args, args, model_args, mixture = make_parser().parse_args_and_config(
+        argv,
+        fail_with_unknown_args=False,  # those of `accelerate launch`, which have done their work
+    )
+    if model_args.model_name_or_path is None:
+        raise ValueError("Say which model to train: --model_name_or_path, a hub id or a local folder.")
+    splits = [script_args.dataset_train_split]
+    if args.eval_strategy != "no":
+        splits.append(script_args.dataset_test_split)
+    dataset = _load(script_args, mixture)
+    _check(dataset, splits, args.dataset_text_field)
+
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    trainer = SAMSFTTrainer(
+        model=_random_model(args, model_args) if args.from_scratch else model_args.model_name_or_path,
+        args=args,
+        train_dataset=dataset[splits[0]],
+        eval_dataset=dataset[splits[1]] if len(splits) > 1 else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def _load(script_args: ScriptArguments, mixture: DatasetMixtureConfig):
+    if mixture.datasets:
+        return get_dataset(mixture)
+    if script_args.dataset_name is None:
+        raise ValueError("Say what to train on: --dataset_name, or `datasets` in the file of --config.")
+    return load_dataset(
+        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )
+
+
+def _check(dataset, splits: list[str], column: str) -> None:
+    for split in splits:
+        if split not in dataset:
+            raise ValueError(
+                f"The dataset has no split {split!r}, only {', '.join(map(repr, dataset))}. Choose with "
+                "--dataset_train_split and --dataset_test_split."
+            )
+        columns = dataset[split].column_names
+        if columns is not None and column not in columns:  # a stream may not know its columns
+            raise ValueError(
+                f"The split {split!r} has no column {column!r}, only {', '.join(map(repr, columns))}. Choose with "
+                "--dataset_text_field."
+            )
+
+
+def _random_model(args: CLMConfig, model_args: ModelConfig):
+    set_seed(args.seed)
+    config = AutoConfig.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation=model_args.attn_implementation)

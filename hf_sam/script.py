@@ -1,0 +1,101 @@
+"""Running a training script that knows nothing of hf-sam, with SAM.
+
+No library is patched. What changes is the script's own namespace: wherever it imports or names a trainer or config
+class, it gets `with_sam` of that class, as if somebody had edited those lines. Code in other files keeps the plain
+classes.
+"""
+
+import ast
+import os
+import re
+import sys
+import types
+from pathlib import Path
+
+from accelerate.logging import get_logger
+from transformers import Trainer, TrainingArguments
+
+from .factory import with_sam
+
+logger = get_logger(__name__)
+
+_ADOPT = "__hf_sam_adopt__"
+# Attributes that may name a trainer or config class, as in `transformers.Trainer`; whether they do is seen at run time.
+_CLASS_NAME = re.compile(r"(Trainer|TrainingArguments|Config)$")
+
+
+def run_script(path: str, argv: list[str]) -> dict[str, str]:
+    """Run the script at `path` as `__main__`, with `argv` as its command line.
+
+    Args:
+        path (`str`): a Python file.
+        argv (`list[str]`): its arguments; the SAM flags are among those of the script's own parser.
+
+    Returns:
+        `dict[str, str]`: the classes that were exchanged, by name, and what they became.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"There is no script {path!r} to run.")
+    exchanged: dict[str, str] = {}
+
+    def adopt(value):
+        if not isinstance(value, type) or not issubclass(value, Trainer | TrainingArguments):
+            return value
+        replacement = with_sam(value)
+        if replacement is not value:
+            exchanged[value.__name__] = replacement.__name__
+        return replacement
+
+    code = compile(_rewritten(source.read_text(encoding="utf-8"), path), path, "exec")
+    main = types.ModuleType("__main__")
+    main.__file__ = path
+    main.__dict__[_ADOPT] = adopt
+    before = sys.argv, sys.path[:], sys.modules["__main__"]
+    sys.argv = [path, *argv]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    # Classes of the script are pickled as those of `__main__`.
+    sys.modules["__main__"] = main
+    try:
+        exec(code, main.__dict__)
+    finally:
+        sys.argv, sys.path[:], sys.modules["__main__"] = before
+    if not exchanged:
+        logger.warning(
+            f"{path} names no Trainer and no TrainingArguments, so it ran without SAM. Exchange the classes where they "
+            "are named, with `hf_sam.with_sam`."
+        )
+    return exchanged
+
+
+def _rewritten(source: str, path: str) -> ast.Module:
+    """The program with every imported class, and every class named through a module, passed through `adopt`."""
+    tree = _Rewriter().visit(ast.parse(source, path))
+    return ast.fix_missing_locations(tree)
+
+
+class _Rewriter(ast.NodeTransformer):
+    def visit_ImportFrom(self, node):
+        if node.module == "__future__" or any(alias.name == "*" for alias in node.names):
+            return node
+        names = [alias.asname or alias.name for alias in node.names]
+        classes = [name for name, alias in zip(names, node.names, strict=True) if _CLASS_NAME.search(alias.name)]
+        # On the line of the import, so that line numbers in a traceback stay those of the file.
+        return [node, *(ast.copy_location(_assign(name), node) for name in classes)]
+
+    def visit_Attribute(self, node):
+        self.generic_visit(node)
+        if isinstance(node.ctx, ast.Load) and _CLASS_NAME.search(node.attr):
+            return ast.copy_location(_adopted(node), node)
+        return node
+
+
+def _adopted(expression: ast.expr) -> ast.Call:
+    return ast.Call(func=ast.Name(_ADOPT, ast.Load()), args=[expression], keywords=[])
+
+
+def _assign(name: str) -> ast.Assign:
+    return ast.Assign(targets=[ast.Name(name, ast.Store())], value=_adopted(ast.Name(name, ast.Load())))
