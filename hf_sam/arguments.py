@@ -57,54 +57,57 @@ class SAMArguments:
 
     sam_rho: float = field(
         default=0.0,
-        metadata={"help": "Radius rho of the SAM perturbation e = rho * g / ||g||; 0 trains without SAM."},
+        metadata={"help": "[SAM] Radius rho of the SAM perturbation e = rho * g / ||g||; 0 trains without SAM."},
     )
     sam_adaptive: bool = field(
-        default=False, metadata={"help": "Adaptive SAM (ASAM): e = rho * w^2 g / ||w g||, elementwise."}
+        default=False, metadata={"help": "[SAM] Adaptive SAM (ASAM): e = rho * w^2 g / ||w g||, elementwise."}
     )
     sam_start_steps: float = field(
-        default=0.0, metadata={"help": "First optimizer step with SAM; below 1, a share of all steps."}
+        default=0.0, metadata={"help": "[SAM] First optimizer step with SAM; below 1, a share of all steps."}
     )
     sam_end_steps: float | None = field(
         default=None,
-        metadata={"help": "Optimizer step at which SAM ends; below 1, a share of all steps. Default: never."},
+        metadata={"help": "[SAM] Optimizer step at which SAM ends; below 1, a share of all steps. Default: never."},
     )
-    sam_interval: int = field(default=1, metadata={"help": "SAM acts in every this-many-th step of its window."})
+    sam_interval: int = field(default=1, metadata={"help": "[SAM] SAM acts in every this-many-th step of its window."})
     sam_phase: Literal["all", "anneal"] = field(
-        default="all", metadata={"help": "Phase in which SAM acts: the whole run, or the annealing of `anneal_steps`."}
+        default="all",
+        metadata={"help": "[SAM] Phase in which SAM acts: the whole run, or the annealing of `anneal_steps`."},
     )
     sam_ascent_micro_batches: float | None = field(
         default=None,
         metadata={
-            "help": "Number of the step's micro-batches that the ascent pass uses; below 1, a share. Default: all."
+            "help": "[SAM] Number of the step's micro-batches that the ascent pass uses; below 1, a share of them. "
+            "Default: all."
         },
     )
     sam_ascent_sync: Literal["global", "local"] = field(
         default="global",
         metadata={
-            "help": "'global': climb along the gradient of the global batch. 'local': each DDP replica climbs along "
-            "its own gradient (m-sharpness)."
+            "help": "[SAM] 'global': climb along the gradient of the global batch. 'local': each DDP replica climbs "
+            "along its own gradient (m-sharpness)."
         },
     )
     sam_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Regular expressions of the parameter names to perturb. Default: all trainable ones."},
+        metadata={"help": "[SAM] Regular expressions of the parameter names to perturb. Default: all trainable ones."},
     )
     sam_exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "Regular expressions of the parameter names that are not perturbed."}
+        default=None, metadata={"help": "[SAM] Regular expressions of the parameter names that are not perturbed."}
     )
     anneal_steps: float | None = field(
         default=None,
         metadata={
-            "help": "Length of the final decay of the learning rate after a constant phase; below 1, a share of all "
-            "steps. Uses the warmup_stable_decay schedule."
+            "help": "[annealing] Length of the final decay of the learning rate after a constant phase; below 1, a "
+            "share of all steps. Uses the warmup_stable_decay schedule."
         },
     )
     anneal_type: Literal["linear", "cosine", "1-sqrt"] = field(
-        default="linear", metadata={"help": "Shape of the final decay set by `anneal_steps`."}
+        default="linear", metadata={"help": "[annealing] Shape of the final decay set by `anneal_steps`."}
     )
     anneal_min_lr_ratio: float = field(
-        default=0.0, metadata={"help": "Learning rate at the end of the final decay, as a share of the peak."}
+        default=0.0,
+        metadata={"help": "[annealing] Learning rate at the end of the final decay, as a share of the peak."},
     )
 
     def __post_init__(self):

@@ -7,6 +7,7 @@ then starts the same command in every process. Without such flags the command ru
 
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -51,13 +52,10 @@ def _run(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         print("hf-sam run: say which script to run: hf-sam run SCRIPT [flags of the script]", file=sys.stderr)
         return 2
-    try:
-        run_script(argv[0], argv[1:])
-    except FileNotFoundError as error:
-        if error.errno is not None:  # the script's own
-            raise
-        print(f"hf-sam run: {error}", file=sys.stderr)
+    if not os.path.isfile(argv[0]):
+        print(f"hf-sam run: there is no script {argv[0]!r}.", file=sys.stderr)
         return 2
+    run_script(argv[0], argv[1:])
     return 0
 
 
@@ -69,9 +67,8 @@ def _train(command: str, argv: list[str]) -> int:
     )
     launch, argv = [*from_config, *unknown], _without(argv, unknown)
     if launch and not _is_launched():
-        _launch(command, launch, argv)
-    else:
-        _program(command)(argv)
+        return _launch(command, launch, argv)
+    _program(command)(argv)
     return 0
 
 
@@ -124,7 +121,7 @@ def grouped(parser):
     return parser
 
 
-def _launch(command: str, launch: list[str], argv: list[str]) -> None:
+def _launch(command: str, launch: list[str], argv: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -132,7 +129,12 @@ def _launch(command: str, launch: list[str], argv: list[str]) -> None:
     # An unknown flag ends here, with the message of accelerate's parser.
     args = launch_command_parser().parse_args([*launch, "--module", "hf_sam", command, *argv])
     os.environ[_LAUNCHED] = "1"
-    launch_command(args)
+    try:
+        launch_command(args)
+    except subprocess.CalledProcessError as error:
+        # The processes have told what went wrong.
+        return error.returncode
+    return 0
 
 
 def _without(argv: list[str], taken: list[str]) -> list[str]:

@@ -6,18 +6,18 @@ classes.
 """
 
 import ast
+import logging
 import os
 import re
 import sys
 import types
 from pathlib import Path
 
-from accelerate.logging import get_logger
 from transformers import Trainer, TrainingArguments
 
 from .factory import with_sam
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _ADOPT = "__hf_sam_adopt__"
 # Attributes that may name a trainer or config class, as in `transformers.Trainer`; whether they do is seen at run time.

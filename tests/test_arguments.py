@@ -1,12 +1,13 @@
 """The flags: accepted, refused, parsed, and carried along."""
 
 import json
+import re
 from dataclasses import dataclass
 
 import pytest
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
-from hf_sam import SAMArguments, SAMTrainingArguments
+from hf_sam import SAMArguments, SAMTrainingArguments, with_sam
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,49 @@ def test_help_explains_every_flag(capsys):
         assert f"--{name}" in text
         assert len(field.metadata["help"]) > 20, name
         assert f"{name} (" in SAMArguments.__doc__, f"{name} is missing in the docstring"
+
+
+@pytest.mark.parametrize("base", ["transformers", "trl"])
+def test_flags_of_sam_stand_together_in_the_help_of_any_parser(capsys, base):
+    if base == "trl":
+        from trl import DPOConfig, ModelConfig, TrlParser
+
+        parser = TrlParser((with_sam(DPOConfig), ModelConfig))
+    else:
+        parser = HfArgumentParser((SAMTrainingArguments, Other))
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--help"])
+    text = capsys.readouterr().out
+    usage = text[text.index("\noptions:") :]
+    flags = list(dict.fromkeys(re.findall(r"^  --(?!no_)(\w+)", usage, re.MULTILINE)))
+    ours = [flag for flag in flags if flag in SAMArguments.__dataclass_fields__]
+    first = flags.index(ours[0])
+    assert flags[first : first + len(ours)] == ours == list(SAMArguments.__dataclass_fields__)
+    assert text.count("[SAM]") == 10
+    assert text.count("[annealing]") == 3
+
+
+@dataclass
+class Other:
+    """Another dataclass behind the arguments."""
+
+    other: int = 0
+
+
+def test_flags_and_yaml_work_through_the_parser_of_trl(tmp_path):
+    from trl import DPOConfig, TrlParser
+
+    from hf_sam import SAMSFTConfig
+
+    file = tmp_path / "config.yaml"
+    file.write_text("sam_rho: 5e-2\nsam_target_modules: [mlp, norm]\nanneal_steps: 0.1\nsam_phase: anneal\nbeta: 0.3\n")
+    flags = ["--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "--config", str(file)]
+    parser = TrlParser(with_sam(DPOConfig))
+    (args,) = parser.parse_args_and_config([*flags, "--sam_interval", "2"])
+    assert (args.sam_rho, args.sam_target_modules, args.sam_phase) == (0.05, ["mlp", "norm"], "anneal")
+    assert (args.anneal_steps, args.sam_interval, args.beta) == (0.1, 2, 0.3)
+    with pytest.raises(ValueError, match="beta"):
+        TrlParser(SAMSFTConfig).parse_args_and_config(flags)
 
 
 def test_json_file_and_saved_dict_give_the_same_arguments(tmp_path):

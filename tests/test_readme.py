@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from toy import olmo2, token_dataset
 
 from hf_sam import SAMArguments
@@ -18,7 +19,7 @@ def code_blocks(language):
 
 def test_the_diff_runs_as_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (diff,) = code_blocks("diff")
+    diff = code_blocks("diff")[0]  # the others change published scripts: see test_scripts.py
     program = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
     assert 'output_dir="out"' in program
     program = program.replace('output_dir="out"', 'output_dir="out", use_cpu=True, max_steps=2, report_to="none"')
@@ -26,6 +27,34 @@ def test_the_diff_runs_as_shown(tmp_path, monkeypatch):
     exec(program, names)
     assert names["trainer"].state.global_step == 2
     assert names["args"].sam_rho > 0
+
+
+def test_the_trainer_made_in_one_line_runs_as_shown(tmp_path, monkeypatch):
+    from toy_trl import rows, tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    program = next(block for block in code_blocks("python") if "DPOTrainer" in block)
+    settings = 'output_dir="out", use_cpu=True, bf16=False, max_steps=1, report_to="none", logging_steps=1'
+    names = {"model": olmo2(), "dataset": rows("preference"), "tokenizer": tokenizer()}
+    # A model that comes from no hub needs to bring its reference model along.
+    program = program.replace('output_dir="out"', settings).replace("model=model,", "model=model, ref_model=other,")
+    exec(program, {**names, "other": olmo2(seed=1)} | (shown := {}), shown)
+    shown["trainer"].train()
+    assert shown["trainer"].state.log_history[0]["sam/sharpness"] != 0
+
+
+def test_the_loop_of_ones_own_runs_as_shown():
+    program = next(block for block in code_blocks("python") if "SAMStep" in block)
+    model = olmo2()
+    names = {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters()),
+        "loader": torch.utils.data.DataLoader(token_dataset(rows=16), batch_size=4),
+    }
+    exec(program.replace("Accelerator(", "Accelerator(cpu=True, "), names)
+    assert names["sam"].step == 2
+    assert names["sam"].pop_metrics()["sam/sharpness"] > 0
+    assert names["loss"].item() > 0
 
 
 def test_every_flag_is_in_the_table_and_nothing_else():
