@@ -19,8 +19,19 @@ def plain_name(name: str) -> str:
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Trainable parameters by plain name; a tied parameter appears once, under its first name."""
-    return {plain_name(name): param for name, param in model.named_parameters() if param.requires_grad}
+    """Trainable parameters by plain name; a tied parameter appears once, under its first name.
+
+    Raises:
+        ValueError: if one is stored in 8 bits, where a perturbation cannot be represented.
+    """
+    trainable = {plain_name(name): param for name, param in model.named_parameters() if param.requires_grad}
+    for name, param in trainable.items():
+        if param.dtype.itemsize < 2:
+            raise ValueError(
+                f"SAM cannot perturb the trainable parameter {name!r}, which is stored as {param.dtype}. Freeze the "
+                "quantized weights and train adapters on top of them, or load the model in 16 or 32 bits."
+            )
+    return trainable
 
 
 def select_names(

@@ -82,7 +82,7 @@ def test_ci_runs_the_test_command_that_the_readme_shows():
 def test_tested_versions_are_those_of_the_constraint_files():
     for column, file in ((1, "constraints.txt"), (2, "constraints-lowest.txt")):
         pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / file).read_text(), re.MULTILINE))
-        for name in ("torch", "transformers", "accelerate", "deepspeed", "peft"):
+        for name in ("torch", "transformers", "accelerate", "deepspeed", "trl", "peft", "datasets", "bitsandbytes"):
             row = re.search(rf"^\| {name} \|(.*)\|$", README, re.MULTILINE)[1]
             shown = row.split("|")[column - 1].strip()
             assert (pinned[name] + ".").startswith(shown + "."), (name, shown)

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from toy import arguments, olmo2, step_logs, token_dataset, trainer
 from transformers import Trainer, TrainingArguments
 
-from hf_sam import SAMMixin, SAMTrainer
+from hf_sam import SAMMixin, SAMStep, SAMTrainer
 from hf_sam.backends import check_supported
 
 
@@ -164,3 +164,18 @@ def test_nothing_to_train_is_told_at_construction(tmp_path):
     model = olmo2().requires_grad_(False)
     with pytest.raises(ValueError, match="Unfreeze"):
         SAMTrainer(model=model, args=arguments(tmp_path, sam_rho=0.05), train_dataset=token_dataset(rows=4))
+
+
+def test_a_model_trained_in_eight_bits_is_refused(tmp_path):
+    model = torch.nn.Linear(4, 4)
+    model.weight = torch.nn.Parameter(model.weight.detach().to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match=r"'weight'.*float8_e4m3fn.*train adapters"):
+        SAMStep(Accelerator(cpu=True), model, rho=0.05)
+
+
+def test_lomo_is_refused_in_a_loop_of_ones_own():
+    # Accelerate sets this when it prepares such an optimizer, which needs a package of its own.
+    lomo = accelerator(DistributedType.NO)
+    lomo.has_lomo_optimizer = True
+    with pytest.raises(ValueError, match=r"LOMO.*AdamW"):
+        check_supported(lomo)

@@ -65,11 +65,13 @@ def test_rho_zero_is_bitwise_the_host(tmp_path, kind):
         pytest.param("text", {"label_smoothing_factor": 0.1}, id="label-smoothing"),
         pytest.param("text", {"gradient_checkpointing": False}, id="no-checkpointing"),
         pytest.param("text", {"gradient_accumulation_steps": 3}, id="accumulation"),
+        pytest.param("stream", {}, id="streaming"),
     ],
 )
 def test_what_sft_can_do_keeps_working(tmp_path, data, settings):
-    plain = build("sft", tmp_path, data=rows(data), **settings)
-    assert_follows(build("sft", tmp_path, with_sam, data=rows(data), sam_rho=0.05, **settings), plain)
+    dataset = rows("text").to_iterable_dataset() if data == "stream" else rows(data)
+    plain = build("sft", tmp_path, data=dataset, **settings)
+    assert_follows(build("sft", tmp_path, with_sam, data=dataset, sam_rho=0.05, **settings), plain)
 
 
 def test_asam_follows_sam_by_hand(tmp_path):

@@ -89,7 +89,17 @@ HOSTS = {
 }
 
 
-def build(kind: str, output_dir, wrap=lambda cls: cls, *, data=None, peft_config=None, model=None, **overrides):
+def build(
+    kind: str,
+    output_dir,
+    wrap=lambda cls: cls,
+    *,
+    data=None,
+    peft_config=None,
+    model=None,
+    processing_class=None,
+    **overrides,
+):
     """TRL's trainer of `kind`, or what `wrap` makes of it and of its config."""
     trainer_class, config_class, form, model_class = HOSTS[kind]
     settings = {
@@ -117,7 +127,7 @@ def build(kind: str, output_dir, wrap=lambda cls: cls, *, data=None, peft_config
         model=model_class() if model is None else model,
         args=wrap(config_class)(**settings),
         train_dataset=rows(form) if data is None else data,
-        processing_class=tokenizer(),
+        processing_class=processing_class or tokenizer(),
         **kwargs,
     )
 

@@ -41,6 +41,11 @@ def check_supported(accelerator, ascent_sync: str = "global") -> None:
     Raises:
         ValueError: with the remedy, if there is no backend for this set-up.
     """
+    if getattr(accelerator, "has_lomo_optimizer", False):
+        raise ValueError(
+            "SAM does not support the LOMO optimizers, which update the weights inside the backward pass, so that "
+            "there is no gradient to climb along. Use another optimizer, e.g. torch.optim.AdamW."
+        )
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         _check_deepspeed(accelerator.state.deepspeed_plugin)
