@@ -20,7 +20,8 @@ usage: hf-sam COMMAND [flags]
 commands:
   sft             supervised fine-tuning: TRL's `sft` script with SAM
   clm             pretraining on plain text, from a checkpoint or from scratch
-  run SCRIPT      any training script, with SAM in the trainers that it names
+  run SCRIPT      any training script, with SAM in the trainers that it names; flags of SAM in front of SCRIPT are
+                  defaults for scripts that do not parse flags
 
 `hf-sam COMMAND --help` lists the flags of `sft` and `clm`. Start `run` on several processes with
 `accelerate launch -m hf_sam run SCRIPT ...` or `torchrun -m hf_sam run SCRIPT ...`.
@@ -47,15 +48,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    import argparse
+
+    from transformers import HfArgumentParser
+
+    from .arguments import SAMArguments
     from .script import run_script
 
-    if not argv or argv[0].startswith("-"):
-        print("hf-sam run: say which script to run: hf-sam run SCRIPT [flags of the script]", file=sys.stderr)
-        return 2
-    if not os.path.isfile(argv[0]):
-        print(f"hf-sam run: there is no script {argv[0]!r}.", file=sys.stderr)
-        return 2
-    run_script(argv[0], argv[1:])
+    parser = grouped(HfArgumentParser(SAMArguments, prog="hf-sam run"))
+    parser.add_argument("script", help="the training script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own flags, among them those of SAM")
+    sam, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments in front of the script: {' '.join(unknown)}")
+    if not os.path.isfile(rest.script):
+        parser.error(f"there is no script {rest.script!r}")
+    plain = SAMArguments()
+    chosen = {name: value for name, value in vars(sam).items() if value != getattr(plain, name)}
+    run_script(rest.script, rest.arguments, **chosen)
     return 0
 
 
@@ -65,9 +75,12 @@ def _train(command: str, argv: list[str]) -> int:
     *_, from_config, unknown = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
-    launch, argv = [*from_config, *unknown], _without(argv, unknown)
-    if launch and not _is_launched():
-        return _launch(command, launch, argv)
+    if _is_launched():
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        # What else the config file holds was for the launcher.
+    elif from_config or unknown:
+        return _launch(command, from_config, unknown, _without(argv, unknown))
     _program(command)(argv)
     return 0
 
@@ -121,20 +134,35 @@ def grouped(parser):
     return parser
 
 
-def _launch(command: str, launch: list[str], argv: list[str]) -> int:
+def _launch(command: str, from_config: list[str], flags: list[str], argv: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    launch = resolve_accelerate_config_argument(launch)
+    parser = launch_command_parser()
+    launch = resolve_accelerate_config_argument([*_switches(parser, from_config), *flags])
     # An unknown flag ends here, with the message of accelerate's parser.
-    args = launch_command_parser().parse_args([*launch, "--module", "hf_sam", command, *argv])
+    args = parser.parse_args([*launch, "--module", "hf_sam", command, *argv])
     os.environ[_LAUNCHED] = "1"
     try:
         launch_command(args)
     except subprocess.CalledProcessError as error:
         # The processes have told what went wrong.
         return error.returncode
+    finally:
+        del os.environ[_LAUNCHED]
     return 0
+
+
+def _switches(parser, flags: list[str]) -> list[str]:
+    """`flags` in pairs of name and value, as YAML gives them, with `--switch True` as the plain `--switch`."""
+    result = []
+    for name, value in zip(flags[::2], flags[1::2], strict=True):
+        action = parser._option_string_actions.get(name)
+        if action is None or action.nargs != 0:
+            result += [name, value]
+        elif value.lower() in ("true", "yes", "1"):
+            result.append(name)
+    return result
 
 
 def _without(argv: list[str], taken: list[str]) -> list[str]:

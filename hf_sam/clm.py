@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from datasets import load_dataset
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -63,24 +64,38 @@ def main(argv: list[str]) -> None:
     dataset = _load(script_args, mixture)
     _check(dataset, splits, args.dataset_text_field)
 
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    quantization = get_quantization_config(model_args)
+    if args.from_scratch:
+        if quantization is not None:
+            raise ValueError("--from_scratch starts from random weights, which cannot be quantized. Drop one of them.")
+        model = _random_model(args, model_args)
+    else:
+        model = model_args.model_name_or_path
+        args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+            **(args.model_init_kwargs or {}),
+        }
     trainer = SAMSFTTrainer(
-        model=_random_model(args, model_args) if args.from_scratch else model_args.model_name_or_path,
+        model=model,
         args=args,
         train_dataset=dataset[splits[0]],
         eval_dataset=dataset[splits[1]] if len(splits) > 1 else None,
-        quantization_config=get_quantization_config(model_args),
+        processing_class=AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+        ),
+        quantization_config=quantization,
         peft_config=get_peft_config(model_args),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if hasattr(trainer, "end"):  # transformers 5.18
+        trainer.end()
 
 
 def _load(script_args: ScriptArguments, mixture: DatasetMixtureConfig):
@@ -113,4 +128,6 @@ def _random_model(args: CLMConfig, model_args: ModelConfig):
     config = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
+    if model_args.dtype != "auto":
+        config.dtype = getattr(torch, model_args.dtype or "float32")
     return AutoModelForCausalLM.from_config(config, attn_implementation=model_args.attn_implementation)

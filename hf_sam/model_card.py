@@ -1,27 +1,28 @@
 """What a model card says about sharpness-aware training and shortened annealing."""
 
+import os
+
 from huggingface_hub import ModelCard
 
 from .arguments import SAMArguments
 
-_HEADING = "## Sharpness-aware training"
+_HEADINGS = _SAM, _ANNEALING = "## Sharpness-aware training", "## Shortened annealing"
 
-_CITATIONS = """\
-```bibtex
+_PAPER = """\
 @misc{sharpness_aware_pretraining,
     title  = {Sharpness-Aware Pretraining Mitigates Catastrophic Forgetting},
     eprint = {2605.02105},
     archivePrefix = {arXiv},
     url    = {https://arxiv.org/abs/2605.02105},
-}
+}"""
+_SAM_PAPER = """\
 @inproceedings{foret2021sharpnessaware,
     title     = {Sharpness-Aware Minimization for Efficiently Improving Generalization},
     author    = {Foret, Pierre and Kleiner, Ariel and Mobahi, Hossein and Neyshabur, Behnam},
     booktitle = {International Conference on Learning Representations},
     year      = {2021},
     url       = {https://arxiv.org/abs/2010.01412},
-}
-```"""
+}"""
 
 
 def describe_in_model_card(path: str, args: SAMArguments, log_history: list[dict]) -> None:
@@ -33,11 +34,10 @@ def describe_in_model_card(path: str, args: SAMArguments, log_history: list[dict
         log_history (`list[dict]`): the logs of the run.
     """
     settings = used_settings(args)
-    try:
-        card = ModelCard.load(path, ignore_metadata_errors=True)
-    except FileNotFoundError:
+    if not settings or not os.path.isfile(path):
         return
-    if not settings or _HEADING in card.text:
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    if any(heading in card.text for heading in _HEADINGS):
         return
     tags = card.data.tags or []
     card.data.tags = [*tags, *(tag for tag in _tags(args) if tag not in tags)]
@@ -60,12 +60,16 @@ def _tags(args: SAMArguments) -> list[str]:
 
 
 def _section(args: SAMArguments, settings: dict, log_history: list[dict]) -> str:
-    lines = [_HEADING, ""]
+    lines, papers = (
+        [_ANNEALING, "", "The learning rate was constant and then decayed in a short final phase."],
+        [_PAPER],
+    )
     if args.sam_rho > 0:
-        lines += ["Trained with sharpness-aware minimization: each gradient was taken at the worst nearby weights.", ""]
-    lines += ["| setting | value |", "| --- | --- |"]
+        lines = [_SAM, "", "Trained with SAM: each gradient was taken at the worst weights nearby."]
+        papers.append(_SAM_PAPER)
+    lines += ["", "| setting | value |", "| --- | --- |"]
     lines += [f"| `{name}` | {value} |" for name, value in settings.items()]
     last = next((logs for logs in reversed(log_history) if "sam/sharpness" in logs), None)
     if last is not None:
         lines.append(f"| final sharpness, L(w + e) - L(w) | {last['sam/sharpness']:.4g} (step {last['step']}) |")
-    return "\n".join([*lines, "", "### Citation of the method", "", _CITATIONS])
+    return "\n".join([*lines, "", "### Citation of the method", "", "```bibtex", *papers, "```"])

@@ -5,7 +5,6 @@ statistics, counters in buffers) must advance once a step, as in plain training.
 """
 
 import contextlib
-import copy
 import random
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ def recorded_once(owner: Any, names: Iterable[str], replayed: bool):
     Args:
         owner (`Any`): object whose attributes a forward pass writes to.
         names (`Iterable[str]`): those attributes, as far as `owner` has them: numbers that are counted up, lists that
-            are appended to, and (nested) dicts of both.
+            are appended to, tensors, and (nested) dicts of these.
         replayed (`bool`): `True` puts all of them back, because the same micro-batch was recorded before. `False` lets
             counters advance, but takes appended values back, which belong to the perturbed weights.
     """
@@ -116,13 +115,11 @@ class _Record:
     """A value as it was, without copying the lists in it, which may be long."""
 
     def __init__(self, value: Any):
-        self.value = value
+        self.value = value.clone() if isinstance(value, torch.Tensor) else value
         if isinstance(value, MutableMapping):
             self.items = {key: _Record(item) for key, item in value.items()}
         elif isinstance(value, list):
             self.length = len(value)
-        else:
-            self.value = copy.deepcopy(value)
 
     def undo(self, now: Any, everything: bool) -> Any:
         """What `now` should be instead."""

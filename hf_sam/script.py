@@ -24,12 +24,13 @@ _ADOPT = "__hf_sam_adopt__"
 _CLASS_NAME = re.compile(r"(Trainer|TrainingArguments|Config)$")
 
 
-def run_script(path: str, argv: list[str]) -> dict[str, str]:
+def run_script(path: str, argv: list[str], **defaults) -> dict[str, str]:
     """Run the script at `path` as `__main__`, with `argv` as its command line.
 
     Args:
         path (`str`): a Python file.
         argv (`list[str]`): its arguments; the SAM flags are among those of the script's own parser.
+        defaults: other defaults of the fields of [`SAMArguments`], for scripts that write their arguments down.
 
     Returns:
         `dict[str, str]`: the classes that were exchanged, by name, and what they became.
@@ -41,16 +42,18 @@ def run_script(path: str, argv: list[str]) -> dict[str, str]:
     if not source.is_file():
         raise FileNotFoundError(f"There is no script {path!r} to run.")
     exchanged: dict[str, str] = {}
+    kinds: set[str] = set()
 
     def adopt(value):
         if not isinstance(value, type) or not issubclass(value, Trainer | TrainingArguments):
             return value
-        replacement = with_sam(value)
+        replacement = with_sam(value, **defaults) if issubclass(value, TrainingArguments) else with_sam(value)
+        kinds.add("trainer" if issubclass(value, Trainer) else "config")
         if replacement is not value:
             exchanged[value.__name__] = replacement.__name__
         return replacement
 
-    code = compile(_rewritten(source.read_text(encoding="utf-8"), path), path, "exec")
+    code = compile(_rewritten(source.read_bytes(), path), path, "exec")
     main = types.ModuleType("__main__")
     main.__file__ = path
     main.__dict__[_ADOPT] = adopt
@@ -63,15 +66,16 @@ def run_script(path: str, argv: list[str]) -> dict[str, str]:
         exec(code, main.__dict__)
     finally:
         sys.argv, sys.path[:], sys.modules["__main__"] = before
-    if not exchanged:
+    if not {"trainer", "config"} <= kinds:
+        missing = " and ".join(sorted({"trainer", "config"} - kinds))
         logger.warning(
-            f"{path} names no Trainer and no TrainingArguments, so it ran without SAM. Exchange the classes where they "
-            "are named, with `hf_sam.with_sam`."
+            f"{path} names no {missing} class that SAM could be given to, so SAM did not act in what it trained. "
+            "Exchange the classes where they are named, with `hf_sam.with_sam`."
         )
     return exchanged
 
 
-def _rewritten(source: str, path: str) -> ast.Module:
+def _rewritten(source: bytes, path: str) -> ast.Module:
     """The program with every imported class, and every class named through a module, passed through `adopt`."""
     tree = _Rewriter().visit(ast.parse(source, path))
     return ast.fix_missing_locations(tree)
@@ -86,11 +90,21 @@ class _Rewriter(ast.NodeTransformer):
         # On the line of the import, so that line numbers in a traceback stay those of the file.
         return [node, *(ast.copy_location(_assign(name), node) for name in classes)]
 
+    def visit_match_case(self, node):
+        # A pattern takes names only, no calls.
+        node.guard = node.guard and self.visit(node.guard)
+        node.body = [part for statement in node.body for part in _listed(self.visit(statement))]
+        return node
+
     def visit_Attribute(self, node):
         self.generic_visit(node)
         if isinstance(node.ctx, ast.Load) and _CLASS_NAME.search(node.attr):
             return ast.copy_location(_adopted(node), node)
         return node
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def _adopted(expression: ast.expr) -> ast.Call:

@@ -8,8 +8,8 @@ gradients, and a step that is left unfinished has cost nothing.
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .replay import BufferState, RandomState
 from .schedule import ascent_count
 
 
-@dataclass
+@dataclasses.dataclass
 class _MicroBatch:
     forward_backward: Callable[[Any], torch.Tensor]
     inputs: Any
@@ -174,12 +174,20 @@ class SAMStep:
             accelerator.backward(loss_of(batch))
         optimizer.step()
         ```
+
+        Under DeepSpeed, which steps inside of `backward`, each context may hold one backward pass.
+
+        Raises:
+            RuntimeError: between the micro-batches of `accelerator.accumulate`, or if the model has gradients from
+                before.
         """
+        self._check_synchronizing()
         with self._undone_after_error():
             self.backend.begin_step()
-            self._start_of_ascent = RandomState.capture(self.backend.devices)
+            start = RandomState.capture(self.backend.devices)
             with self.backend.ascent_pass(), self._buffers.observed(self.backend.model):
                 yield
+        self._start_of_ascent = start
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[Perturbation]:
@@ -197,18 +205,29 @@ class SAMStep:
         start, self._start_of_ascent = self._start_of_ascent, None
         if start is None:
             raise RuntimeError("SAMStep.perturbed() needs an ascent gradient: run a backward pass in ascent() before.")
+        self._check_synchronizing()
         end = RandomState.capture(self.backend.devices)
         with self._undone_after_error():
             with self.backend.descent_pass(), self._buffers.preserved(self.backend.model):
                 perturbation = self.backend.perturb(self.rho, step=self.step)
                 start.restore()
-                yield perturbation
+                yield dataclasses.replace(perturbation, norm=perturbation.norm / self.backend.loss_scale())
             self.backend.restore()
         end.restore()
         self.step += 1
 
+    def _check_synchronizing(self):
+        if not self._accelerator.sync_gradients:
+            raise RuntimeError(
+                "The contexts of SAMStep enclose a whole optimizer step, but accelerator.accumulate is at a "
+                "micro-batch before the last one. Enclose all micro-batches of a step, or call the SAMStep with each."
+            )
+
     def pop_metrics(self) -> dict[str, float]:
-        """The `sam/...` metrics, averaged over the steps since the last call; waits for the device."""
+        """The `sam/...` metrics, averaged over the steps since the last call; waits for the device.
+
+        Steps in `ascent` and `perturbed`, whose losses are not known here, do not count.
+        """
         return self._metrics.pop()
 
     def state_dict(self) -> dict:

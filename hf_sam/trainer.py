@@ -17,6 +17,10 @@ from .step import SAMStep
 
 logger = get_logger(__name__)
 
+# How TRL's trainers that generate their data show it; the last ones generate in another process.
+_ON_POLICY_METHODS = {"_prepare_inputs", "_generate", "generate_on_policy_outputs"}
+_ON_POLICY_TRAINERS = {"AsyncGRPOTrainer", "AsyncDistillationTrainer"}
+
 # Far from 1, the stored weights did not take the perturbation that was asked for.
 _KEPT_RANGE = (0.5, 1.5)
 
@@ -41,21 +45,18 @@ class SAMMixin:
             right; the message names the remedy.
     """
 
-    sam_recorded: tuple[str, ...] = ("_metrics", "_total_train_tokens")
+    sam_recorded: tuple[str, ...] = ("_metrics", "_stored_metrics", "_total_train_tokens")
 
     def __init__(self, *args, **kwargs):
         # What can be told now is told before the host prepares its models and datasets, which may take hours.
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
-        if not any(isinstance(value, SAMArguments) for value in given):
-            kind = type(given[0]).__name__ if given else "TrainingArguments"
-            raise ValueError(
-                f"{type(self).__name__} needs arguments with SAM fields, but got {kind if given else 'none'}. Pass "
-                "hf_sam.SAMTrainingArguments, hf_sam.SAMSFTConfig, or a config of your own with the SAM fields: "
-                f"MyConfig = hf_sam.with_sam({kind})."
-            )
-        if any(isinstance(value, SAMArguments) and value.sam_rho > 0 for value in given):
+        sam = [value for value in given if isinstance(value, SAMArguments)]
+        if given and not sam:
+            self._check_arguments(given[0])
+        if any(value.sam_rho > 0 for value in sam):
             self._check_on_policy()
         super().__init__(*args, **kwargs)
+        self._check_arguments(self.args)
         self._sam: SAMStep | None = None
         self._sam_reached = False
         self._sam_warned: set[str] = set()
@@ -225,9 +226,21 @@ class SAMMixin:
         # A wrong pattern should be told now, not after the data was prepared and the model was sharded.
         select_names(trainable_parameters(self.model), self.args.sam_target_modules, self.args.sam_exclude_modules)
 
+    def _check_arguments(self, args: TrainingArguments):
+        if not isinstance(args, SAMArguments):
+            kind = type(args).__name__
+            raise ValueError(
+                f"{type(self).__name__} needs arguments with SAM fields, but got {kind}. Pass "
+                "hf_sam.SAMTrainingArguments, hf_sam.SAMSFTConfig, or a config of your own with the SAM fields: "
+                f"MyConfig = hf_sam.with_sam({kind})."
+            )
+
     def _check_on_policy(self):
-        on_policy = {"_prepare_inputs", "_generate", "generate_on_policy_outputs"}
-        if any(base.__module__.startswith("trl.") and on_policy & vars(base).keys() for base in type(self).__mro__):
+        for base in type(self).__mro__:
+            if not base.__module__.startswith("trl.") or not (
+                _ON_POLICY_METHODS & vars(base).keys() or base.__name__ in _ON_POLICY_TRAINERS
+            ):
+                continue
             raise ValueError(
                 f"SAM does not support {type(self).__name__}, which generates its training data inside of the step: "
                 "the second pass would see other data than the first, and its importance weights compare with "

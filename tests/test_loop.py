@@ -181,6 +181,26 @@ def test_perturbed_needs_an_ascent():
         pass
 
 
+def test_an_ascent_that_failed_does_not_count():
+    *_, sam = setup()
+
+    def fails():
+        with sam.ascent():
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fails()
+    with pytest.raises(RuntimeError, match=r"in ascent\(\) before"), sam.perturbed():
+        pass
+
+
+def test_contexts_between_the_micro_batches_of_a_step_are_refused():
+    accelerator, *_, sam = setup()
+    accelerator.gradient_state._set_sync_gradients(False)
+    with pytest.raises(RuntimeError, match="a whole optimizer step"), sam.ascent():
+        pass
+
+
 def test_gradients_from_before_are_refused_and_the_weights_stay():
     _, model, _, batches, sam = setup(accumulation=1)
     before = [param.detach().clone() for param in model.parameters()]
@@ -191,7 +211,7 @@ def test_gradients_from_before_are_refused_and_the_weights_stay():
         loss.backward()
         return loss.detach()
 
-    with pytest.raises(RuntimeError, match=r"zero_grad.*accelerator\.accumulate"):
+    with pytest.raises(RuntimeError, match=r"model\.zero_grad.*accelerator\.accumulate"):
         sam(forward_backward, batches[1])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     sam(forward_backward, batches[1])  # the error cleared them

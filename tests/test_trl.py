@@ -2,12 +2,17 @@
 
 import contextlib
 import copy
+import importlib
+import pkgutil
 
 import pytest
 import torch
+import trl.experimental
+import trl.trainer
 from toy import olmo2, step_logs
 from toy_trl import build, reference, rows, tokenizer
-from trl import SFTTrainer
+from transformers import Trainer
+from trl import DPOConfig, SFTTrainer
 
 from hf_sam import SAMMixin, SAMSFTConfig, SAMSFTTrainer, SAMTrainingArguments, with_sam
 
@@ -125,7 +130,13 @@ def test_precomputed_reference_log_probabilities_are_those_of_plain_dpo(tmp_path
     assert_follows(sam, plain)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("loss_type", ["ipo", "hinge", "robust", "sppo_hard"])
+def test_other_losses_of_dpo_follow_sam_by_hand(tmp_path, loss_type):
+    settings = {"loss_type": loss_type, "label_smoothing": 0.1 if loss_type == "robust" else 0.0}
+    assert_follows(build("dpo", tmp_path, with_sam, sam_rho=0.05, **settings), build("dpo", tmp_path, **settings))
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
 def test_adapters_follow_sam_by_hand_and_the_base_is_bitwise_unchanged(tmp_path, kind):
     torch.manual_seed(11)
     sam = build(kind, tmp_path, with_sam, sam_rho=0.05, peft_config=lora())
@@ -176,7 +187,10 @@ def test_arguments_of_another_trainer_are_refused_before_the_data_is_prepared(tm
     with pytest.raises(ValueError, match=r"got SFTConfig.*with_sam\(SFTConfig\)"):
         SAMSFTTrainer(args=SAMSFTConfig.__mro__[2](output_dir=str(tmp_path), bf16=False, use_cpu=True), **settings)
     with pytest.raises(ValueError, match="got none"):
-        SAMSFTTrainer(**settings, formatting_func=lambda row: calls.append(row) or row["text"])
+        SAMSFTTrainer(**settings)
+    settings["formatting_func"] = lambda row: calls.append(row) or row["text"]
+    with pytest.raises(ValueError, match="got DPOConfig"):
+        SAMSFTTrainer(args=DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True), **settings)
     assert not calls
 
 
@@ -191,10 +205,44 @@ def test_evaluation_is_that_of_plain_sft(tmp_path):
     assert {"eval_loss", "eval_entropy"} <= set(evaluated[0])
 
 
+# TRL's trainers that learn from a fixed dataset; all others generate in the step.
+OFFLINE = {"SFTTrainer", "DPOTrainer", "RewardTrainer", "KTOTrainer", "CPOTrainer", "ORPOTrainer", "TPOTrainer"}
+
+
+def trainers_of_trl():
+    """Every trainer class that TRL ships, as far as its own dependencies are installed."""
+    found = {}
+    for package in (trl.trainer, trl.experimental):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            try:
+                module = importlib.import_module(info.name)
+            except Exception:  # a dependency that is not installed, or an environment that it insists on
+                continue
+            for value in vars(module).values():
+                public = isinstance(value, type) and issubclass(value, Trainer) and not value.__name__.startswith("_")
+                if public and value.__module__.startswith("trl."):
+                    found[value.__name__] = value
+    return found
+
+
+def test_exactly_the_trainers_that_generate_their_data_are_refused():
+    refused, accepted = set(), set()
+    for name, cls in trainers_of_trl().items():
+        sam = with_sam(cls)
+        try:
+            sam._check_on_policy(sam.__new__(sam))
+            accepted.add(name)
+        except ValueError as error:
+            assert "generates its training data" in str(error)  # noqa: PT017
+            refused.add(name)
+    assert accepted <= OFFLINE
+    assert not refused & OFFLINE
+    assert {"GRPOTrainer", "RLOOTrainer", "DistillationTrainer"} <= refused
+    assert {"SFTTrainer", "DPOTrainer", "RewardTrainer", "KTOTrainer"} <= accepted
+
+
 @pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer"])
 def test_on_policy_trainers_are_refused_with_the_reason(name, tmp_path):
-    import trl
-
     trainer_class, config_class = getattr(trl, name), getattr(trl, name.replace("Trainer", "Config"))
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
     args = with_sam(config_class)(sam_rho=0.05, per_device_train_batch_size=8, **settings)

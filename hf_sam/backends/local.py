@@ -30,8 +30,9 @@ class LocalBackend(Backend):
         if any(param.grad is not None for param in self._trainable.values()):
             raise RuntimeError(
                 "SAM found gradients from before its step, which would turn the ascent direction and then be lost. "
-                "Clear them after each optimizer step with `zero_grad(set_to_none=True)`, accumulate micro-batches "
-                "under `accelerator.accumulate(model)` instead of by hand, and add penalties to the loss of the step."
+                "After each optimizer step call `model.zero_grad()`, or freeze the parameters that the optimizer does "
+                "not train; accumulate micro-batches under `accelerator.accumulate(model)`, not by hand; add penalties "
+                "to the loss of the step."
             )
 
     def ascent_pass(self):

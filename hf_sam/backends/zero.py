@@ -55,7 +55,7 @@ class ZeroBackend(Backend):
         self._reset_accumulation()
 
     def ascent_pass(self):
-        return self._shadowed_step(lambda *args, **kwargs: None)
+        return self._shadowed_step(lambda *args, **kwargs: None)  # the boundary without the step
 
     @contextlib.contextmanager
     def descent_pass(self):
@@ -73,7 +73,18 @@ class ZeroBackend(Backend):
 
     @contextlib.contextmanager
     def _shadowed_step(self, step):
-        self.engine.step = step
+        calls = itertools.count()
+
+        def once(*args, **kwargs):
+            if next(calls) > 0:
+                raise RuntimeError(
+                    "DeepSpeed reached the end of a step twice in one pass of SAM, because it steps inside of each "
+                    "backward pass. Add the losses of the micro-batches up before one backward pass, or call the "
+                    "SAMStep with each micro-batch under accelerator.accumulate."
+                )
+            return step(*args, **kwargs)
+
+        self.engine.step = once
         try:
             yield
         finally:

@@ -27,6 +27,7 @@ def trajectory(case: Case, replicas: int = 1) -> dict:
             _stack(rows[first + i * GLOBAL_BATCH : first + (i + 1) * GLOBAL_BATCH]) for i in range(case.accumulation)
         ]
         tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+        measured = [_outputs(model, batch) for batch in micro_batches] if case.sft else []
         results, gradients = [], []
         for replica in range(replicas):
             share = GLOBAL_BATCH // replicas
@@ -52,6 +53,7 @@ def trajectory(case: Case, replicas: int = 1) -> dict:
         scale = case.accumulation / case.sam.get("sam_ascent_micro_batches", case.accumulation)
         logs.append(
             {
+                **(_trl_metrics(measured, logs) if case.sft else {}),
                 "loss": sum(result.loss for result in results) * scale,
                 "sam/perturbed_loss": sum(result.perturbed_loss for result in results) * scale,
                 "sam/ascent_grad_norm": _mean_norm(results, replicas) * scale,
@@ -69,12 +71,35 @@ def hand_loop(replicas: int) -> tuple[list[float], dict]:
     rows = token_dataset(rows=GLOBAL_BATCH * 2 * MAX_STEPS)
     parts = [_stack(rows[i : i + share]) for i in range(0, len(rows), share)]
     losses = []
-    for i in range(0, len(parts), 2 * replicas):
-        window = parts[i : i + 2 * replicas]
+    windows = [parts[i : i + 2 * replicas] for i in range(0, len(parts), 2 * replicas)]
+    # Then two steps of one micro-batch, which accelerate still divides by the two that it was told of.
+    windows += [parts[:replicas], parts[replicas : 2 * replicas]]
+    for window in windows:
         result = sam_step(model, window, lambda m, batch: m(**batch).loss / (2 * replicas), rho=0.05)
         optimizer.step()
         losses.append(result.loss)
-    return losses, {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return losses[:-2], {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _outputs(model, batch) -> tuple[float, float, int]:
+    """Mean entropy and accuracy over the predicted tokens of a micro-batch of all ranks, and its number of tokens."""
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    valid = labels != -100
+    log_probs = logits.log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)[valid].mean().item()
+    return entropy, (logits.argmax(-1) == labels)[valid].float().mean().item(), int(batch["attention_mask"].sum())
+
+
+def _trl_metrics(measured, logs) -> dict:
+    entropies, accuracies, tokens = zip(*measured, strict=True)
+    before = logs[-1]["num_tokens"] if logs else 0
+    return {
+        "entropy": sum(entropies) / len(entropies),
+        "mean_token_accuracy": sum(accuracies) / len(accuracies),
+        "num_tokens": before + sum(tokens),
+    }
 
 
 def _mean_norm(results, replicas) -> float:

@@ -1,5 +1,7 @@
 """What can happen to a run besides going well, played through under every strategy."""
 
+import contextlib
+import itertools
 import shutil
 from pathlib import Path
 
@@ -180,7 +182,7 @@ def hand_loop(strategy: str, output_dir: Path) -> None:
     """A loop written with Accelerate and without a trainer, with two micro-batches a step."""
     from distributed import worker
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, **accelerate_plugins(strategy))
+    accelerator = Accelerator(gradient_accumulation_steps=2, **accelerate_plugins(strategy, accumulation=2))
     model = worker.build_model(Case("hand_loop")).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     rows = token_dataset(rows=GLOBAL_BATCH * 2 * MAX_STEPS)
@@ -199,11 +201,32 @@ def hand_loop(strategy: str, output_dir: Path) -> None:
             losses.append(accelerator.reduce(sam(forward_backward, batch), reduction="mean").item())
             optimizer.step()
             optimizer.zero_grad()
+    # Two more steps with both passes in the loop's own hands, of one micro-batch each.
+    for batch in itertools.islice(iter(loader), 2):
+        accelerator.gradient_state._set_sync_gradients(True)
+        with sam.ascent():
+            accelerator.backward(model(**batch).loss)
+        with sam.perturbed():
+            accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    twice = None
+    if strategy.startswith("zero"):
+        with contextlib.suppress(RuntimeError), sam.ascent():
+            accelerator.backward(model(**batch).loss)
+            accelerator.backward(model(**batch).loss)
+            twice = "accepted"
     weights = accelerator.get_state_dict(model)
     metrics = sam.pop_metrics()
     if accelerator.is_main_process:
         torch.save(
-            {"losses": losses, "weights": {k: v.cpu() for k, v in weights.items()}, "metrics": metrics},
+            {
+                "losses": losses,
+                "weights": {name: value.cpu() for name, value in weights.items()},
+                "metrics": metrics,
+                "twice": twice,
+                "ran": worker.what_ran(accelerator, model),
+            },
             output_dir / "hand_loop.pt",
         )
 

@@ -1,15 +1,20 @@
 """How each distributed strategy is asked for in the training arguments."""
 
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
+
 WORLD_SIZE = 2
 
 DISTRIBUTED = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 STRATEGIES = ("single", *DISTRIBUTED)
 
 
-def strategy_arguments(strategy: str, offload: bool = False, zero_options: dict | None = None) -> dict:
+def strategy_arguments(
+    strategy: str, offload: bool = False, zero_options: dict | None = None, layer: str = "Olmo2DecoderLayer"
+) -> dict:
     """Training arguments that select `strategy`; `offload` keeps optimizer state (FSDP2: weights) on the CPU."""
     if strategy == "fsdp2":
-        config = {"version": 2, "transformer_layer_cls_to_wrap": ["Olmo2DecoderLayer"], "cpu_offload": offload}
+        config = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "cpu_offload": offload}
         return {"fsdp": True, "fsdp_config": config}
     if strategy.startswith("zero"):
         zero = {
@@ -34,10 +39,22 @@ def strategy_arguments(strategy: str, offload: bool = False, zero_options: dict 
     return {}
 
 
-def accelerate_plugins(strategy: str) -> dict:
-    """Arguments of an `Accelerator` that select `strategy`, for loops without a trainer."""
-    from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+def allow_fsdp_on_cpu(strategy: str, args=None) -> None:
+    """Accelerate shards with FSDP2 only where its state names an accelerator; torch does so on the CPU as well."""
+    if strategy != "fsdp2":
+        return
+    if args is not None:
+        assert args.device.type == "cpu"  # also sets the state up
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
+
+def accelerate_plugins(strategy: str, accumulation: int) -> dict:
+    """Arguments of an `Accelerator` that select `strategy`, for loops without a trainer."""
+    if strategy in ("single", "ddp"):
+        return {"cpu": True}
+    # With a plugin, `Accelerator(cpu=True)` would ignore it; the state that it finds already decides the device.
+    PartialState(cpu=True, backend="gloo")
+    allow_fsdp_on_cpu(strategy)
     if strategy == "fsdp2":
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -46,10 +63,9 @@ def accelerate_plugins(strategy: str) -> dict:
             reshard_after_forward=True,
         )
         return {"fsdp_plugin": plugin}
-    if strategy.startswith("zero"):
-        config = strategy_arguments(strategy)["deepspeed"]
-        config["zero_allow_untested_optimizer"] = True
-        config["gradient_clipping"] = 0.0
-        config["bf16"] = {"enabled": False}
-        return {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)}
-    return {}
+    config = strategy_arguments(strategy)["deepspeed"]
+    config["zero_allow_untested_optimizer"] = True
+    config["gradient_clipping"] = 0.0
+    config["gradient_accumulation_steps"] = accumulation
+    config["bf16"] = {"enabled": False}
+    return {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)}

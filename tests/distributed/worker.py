@@ -15,7 +15,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from distributed import scenarios
 from distributed.cases import GLOBAL_BATCH, Case, cases_of
-from distributed.strategies import strategy_arguments
+from distributed.strategies import allow_fsdp_on_cpu, strategy_arguments
+from torch.distributed.fsdp import FSDPModule
 from toy import Branches, arguments, olmo2, step_logs, token_dataset
 
 from hf_sam import SAMTrainer
@@ -32,18 +33,18 @@ def build_trainer(strategy: str, case: Case, output_dir: Path, trainer_class=SAM
         "train_sampling_strategy": "sequential",
         "ddp_backend": "gloo" if world > 1 else None,
         **case.arguments,
-        **strategy_arguments(strategy, case.offload, case.zero),
+        **strategy_arguments(strategy, case.offload, case.zero, case.layer),
         **overrides,
     }
     rows = token_dataset(rows=GLOBAL_BATCH * case.accumulation * settings["max_steps"])
     if case.sft:
-        return build_sft_trainer(case, output_dir, rows, settings)
-    return trainer_class(
-        model=build_model(case), args=arguments(output_dir / f"{case.name}-run", **settings), train_dataset=rows
-    )
+        return build_sft_trainer(strategy, case, output_dir, rows, settings)
+    args = arguments(output_dir / f"{case.name}-run", **settings)
+    allow_fsdp_on_cpu(strategy, args)
+    return trainer_class(model=build_model(case), args=args, train_dataset=rows)
 
 
-def build_sft_trainer(case: Case, output_dir: Path, rows: list[dict], settings: dict):
+def build_sft_trainer(strategy: str, case: Case, output_dir: Path, rows: list[dict], settings: dict):
     """TRL's trainer on the same rows, which its own collator pads."""
     from datasets import Dataset
     from toy_trl import tokenizer
@@ -58,6 +59,7 @@ def build_sft_trainer(case: Case, output_dir: Path, rows: list[dict], settings: 
         SAMSFTConfig,
         **{**settings, "bf16": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
     )
+    allow_fsdp_on_cpu(strategy, args)
     return SAMSFTTrainer(
         model=build_model(case), args=args, train_dataset=Dataset.from_list(unpadded), processing_class=tokenizer()
     )
@@ -83,6 +85,11 @@ def full_weights(trainer) -> dict[str, torch.Tensor] | None:
     return {name: value.detach().cpu().clone() for name, value in state.items()} if state else None
 
 
+def what_ran(accelerator, model) -> tuple[str, int]:
+    """Accelerate's name for the strategy, and how many modules FSDP2 shards."""
+    return accelerator.distributed_type.value, sum(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def save(trainer, path: Path, **results) -> None:
     """Write results on rank 0."""
     if trainer.is_world_process_zero():
@@ -93,7 +100,13 @@ def run(strategy: str, case: Case, output_dir: Path) -> None:
     """Train `case` and save its logs and final weights."""
     trainer = build_trainer(strategy, case, output_dir)
     trainer.train()
-    save(trainer, output_dir / f"{case.name}.pt", logs=step_logs(trainer), weights=full_weights(trainer))
+    save(
+        trainer,
+        output_dir / f"{case.name}.pt",
+        logs=step_logs(trainer),
+        weights=full_weights(trainer),
+        ran=what_ran(trainer.accelerator, trainer.model_wrapped),
+    )
 
 
 def main():
