@@ -1,6 +1,7 @@
 """What the README shows exists and runs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,22 @@ def test_the_loop_of_ones_own_runs_as_shown():
     assert names["sam"].step == 2
     assert names["sam"].pop_metrics()["sam/sharpness"] > 0
     assert names["loss"].item() > 0
+
+
+@pytest.mark.parametrize("command", re.findall(r"^hf-sam (?:sft|clm) .*$", README, re.MULTILINE))
+def test_the_commands_have_the_flags_that_are_shown(command):
+    from accelerate.commands.launch import launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    from hf_sam.cli import _parser
+
+    _, name, *argv = shlex.split(command)
+    *_, unknown = _parser(name).parse_args_and_config(
+        [*argv, "--bf16", "false", "--use_cpu"], return_remaining_strings=True
+    )
+    # The rest is for the launcher, which knows it.
+    launcher = launch_command_parser().parse_args([*resolve_accelerate_config_argument(unknown), "script.py"])
+    assert launcher.training_script == "script.py"
 
 
 def test_every_flag_is_in_the_table_and_nothing_else():
