@@ -178,7 +178,7 @@ class SAMArguments:
         self.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
 
 
-@dataclass
+@dataclass(repr=False)  # the host's own leaves tokens out
 class SAMTrainingArguments(SAMArguments, TrainingArguments):
     """[`~transformers.TrainingArguments`] with the fields of [`SAMArguments`]."""
 

@@ -21,7 +21,7 @@ commands:
   sft             supervised fine-tuning: TRL's `sft` script with SAM
   clm             pretraining on plain text, from a checkpoint or from scratch
   run SCRIPT      any training script, with SAM in the trainers that it names; flags of SAM in front of SCRIPT are
-                  defaults for scripts that do not parse flags
+                  defaults for scripts that do not parse flags (end a list or a switch with `--`)
 
 `hf-sam COMMAND --help` lists the flags of `sft` and `clm`. Start `run` on several processes with
 `accelerate launch -m hf_sam run SCRIPT ...` or `torchrun -m hf_sam run SCRIPT ...`.
@@ -71,18 +71,36 @@ def _run(argv: list[str]) -> int:
 
 def _train(command: str, argv: list[str]) -> int:
     parser = _parser(command)
-    # Prints the help and exits where asked to.
-    *_, from_config, unknown = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    from_config, unknown = _unknown(parser, argv)
     if _is_launched():
+        # What else the config file holds was for the launcher, if the launcher knows it.
+        unknown += [name for name in from_config[::2] if name not in _launcher_flags()]
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        # What else the config file holds was for the launcher.
     elif from_config or unknown:
         return _launch(command, from_config, unknown, _without(argv, unknown))
     _program(command)(argv)
     return 0
+
+
+def _unknown(parser, argv: list[str]) -> tuple[list[str], list[str]]:
+    """What the parser does not know, in the file of `--config` and in `argv`; prints the help where asked to.
+
+    The arguments are not built yet: in a process that only launches others, they would set up devices.
+    """
+    import yaml
+
+    flags, from_config = list(argv), []
+    if "--config" in flags[:-1]:
+        index = flags.index("--config")
+        with open(flags[index + 1], encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+        if not isinstance(config, dict):
+            parser.error(f"the config file {flags[index + 1]} must hold a mapping of flags to values")
+        del flags[index : index + 2]
+        config.pop("env", None)  # for the process that trains
+        from_config = parser.set_defaults_with_config(**config)
+    return from_config, parser.parse_known_args(flags)[1]
 
 
 def _is_launched() -> bool:
@@ -136,6 +154,7 @@ def grouped(parser):
 
 def _launch(command: str, from_config: list[str], flags: list[str], argv: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     parser = launch_command_parser()
@@ -145,12 +164,18 @@ def _launch(command: str, from_config: list[str], flags: list[str], argv: list[s
     os.environ[_LAUNCHED] = "1"
     try:
         launch_command(args)
-    except subprocess.CalledProcessError as error:
+    except (subprocess.CalledProcessError, ChildFailedError) as error:
         # The processes have told what went wrong.
-        return error.returncode
+        return getattr(error, "returncode", 1)
     finally:
         del os.environ[_LAUNCHED]
     return 0
+
+
+def _launcher_flags() -> set[str]:
+    from accelerate.commands.launch import launch_command_parser
+
+    return {"--accelerate_config", *launch_command_parser()._option_string_actions}
 
 
 def _switches(parser, flags: list[str]) -> list[str]:
@@ -158,6 +183,8 @@ def _switches(parser, flags: list[str]) -> list[str]:
     result = []
     for name, value in zip(flags[::2], flags[1::2], strict=True):
         action = parser._option_string_actions.get(name)
+        if value == "None":  # null in YAML
+            continue
         if action is None or action.nargs != 0:
             result += [name, value]
         elif value.lower() in ("true", "yes", "1"):

@@ -18,7 +18,7 @@ from trl import (
 from .sft import SAMSFTConfig, SAMSFTTrainer
 
 
-@dataclass
+@dataclass(repr=False)
 class CLMConfig(SAMSFTConfig):
     """[`SAMSFTConfig`] with the defaults of language modelling: texts concatenated and cut into blocks.
 
@@ -130,4 +130,6 @@ def _random_model(args: CLMConfig, model_args: ModelConfig):
     )
     if model_args.dtype != "auto":
         config.dtype = getattr(torch, model_args.dtype or "float32")
-    return AutoModelForCausalLM.from_config(config, attn_implementation=model_args.attn_implementation)
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation=model_args.attn_implementation, trust_remote_code=args.trust_remote_code
+    )

@@ -1,6 +1,7 @@
 """SAM for a trainer or config class in one line."""
 
 import functools
+import inspect
 from dataclasses import dataclass, field, fields
 
 from transformers import Trainer, TrainingArguments
@@ -38,7 +39,10 @@ def with_sam(cls: type, **defaults) -> type:
     if unknown:
         raise TypeError(f"with_sam knows no field {', '.join(map(repr, sorted(unknown)))}; see hf_sam.SAMArguments.")
     config = cls if issubclass(cls, SAMArguments) else _config(cls)
-    return _with_defaults(config, cls, defaults) if defaults else config
+    if not defaults:
+        return config
+    # Hashable, so that the same defaults give the same class every time.
+    return _with_defaults(config, tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in defaults.items()))
 
 
 @functools.cache
@@ -60,34 +64,42 @@ def _config(cls: type) -> type:
         from .sft import SAMSFTConfig
 
         return SAMSFTConfig
-    for base in cls.__mro__[: cls.__mro__.index(TrainingArguments)]:
-        if "__init__" in vars(base) and "__dataclass_fields__" not in vars(base):
-            raise TypeError(
-                f"with_sam cannot add fields to {cls.__name__}: {base.__name__} has an __init__ of its own, which a "
-                f"generated one would replace. Write `class SAM{cls.__name__}(SAMArguments, {cls.__name__})` yourself "
-                "and pass the SAM fields on in its __init__."
-            )
+    _check_generated_init(cls)
     taken = sorted(cls.__dataclass_fields__.keys() & SAMArguments.__dataclass_fields__.keys())
     if taken:
         raise TypeError(
             f"with_sam cannot add fields to {cls.__name__}, which has {', '.join(taken)} with a meaning of its own. "
             "Rename them there."
         )
-    members = {"__module__": __name__, "__doc__": cls.__doc__, "__reduce_ex__": _reduce, "__sam_base__": cls}
-    return dataclass(type(f"SAM{cls.__name__}", (SAMArguments, cls), members))
+    members = {"__module__": __name__, "__doc__": cls.__doc__, "__reduce_ex__": _reduce, "__sam_made_of__": (cls, ())}
+    # The host's own repr leaves tokens out.
+    return dataclass(repr=False)(type(f"SAM{cls.__name__}", (SAMArguments, cls), members))
 
 
-def _with_defaults(config: type, base: type, defaults: dict) -> type:
-    """`config` with other defaults; its instances are pickled as those of `with_sam(base)`."""
-    members = {"__module__": __name__, "__doc__": config.__doc__, "__reduce_ex__": _reduce, "__sam_base__": base}
-    annotations = {}
+@functools.cache
+def _with_defaults(config: type, defaults: tuple) -> type:
+    _check_generated_init(config)
+    members = {"__module__": __name__, "__doc__": config.__doc__, "__reduce_ex__": _reduce}
+    base, _ = vars(config).get("__sam_made_of__", (config, ()))
+    members["__sam_made_of__"] = (base, defaults)
+    annotations, chosen = {}, dict(defaults)
     for known in fields(config):
-        if known.name in defaults:
-            value = defaults[known.name]
-            default = {"default_factory": lambda value=value: list(value)} if isinstance(value, list) else {}
+        if known.name in chosen:
+            value = chosen[known.name]
+            default = {"default_factory": functools.partial(list, value)} if isinstance(value, tuple) else {}
             members[known.name] = field(**(default or {"default": value}), metadata=known.metadata)
             annotations[known.name] = known.type
-    return dataclass(type(config.__name__, (config,), {**members, "__annotations__": annotations}))
+    return dataclass(repr=False)(type(config.__name__, (config,), {**members, "__annotations__": annotations}))
+
+
+def _check_generated_init(cls: type) -> None:
+    accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    if accepted != {known.name for known in fields(cls) if known.init}:
+        raise TypeError(
+            f"with_sam cannot make a config out of {cls.__name__}, which has an __init__ of its own that a generated "
+            f"one would replace. Write `class SAM{cls.__name__}(SAMArguments, {cls.__name__})` and pass the SAM "
+            "fields on in its __init__."
+        )
 
 
 def _is_trl(cls: type, name: str) -> bool:
@@ -97,12 +109,12 @@ def _is_trl(cls: type, name: str) -> bool:
 def _reduce(self, protocol):
     # Pickle looks a class up by its name, which one that was made at run time does not have: `training_args.bin`
     # holds how to make it again.
-    base = vars(type(self)).get("__sam_base__")
-    if base is None:
+    made_of = vars(type(self)).get("__sam_made_of__")
+    if made_of is None:  # a class that somebody derived from a made one
         return object.__reduce_ex__(self, protocol)
-    return _unpickled, (base,), self.__dict__.copy()
+    return _unpickled, made_of, self.__dict__.copy()
 
 
-def _unpickled(base: type):
-    cls = with_sam(base)
+def _unpickled(base: type, defaults: tuple):
+    cls = with_sam(base, **{name: list(v) if isinstance(v, tuple) else v for name, v in defaults})
     return cls.__new__(cls)

@@ -5,6 +5,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 import torch
+from accelerate.logging import get_logger
+
+from .rounding import is_low_precision
+
+logger = get_logger(__name__)
 
 # What torch.compile, activation checkpointing and FSDP put into parameter names, at any depth.
 _WRAPPER_PARTS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -32,6 +37,20 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
                 "quantized weights and train adapters on top of them, or load the model in 16 or 32 bits."
             )
     return trainable
+
+
+def keep_adapters_exact(model: torch.nn.Module) -> None:
+    """Hold the adapters of a quantized model in fp32, as PEFT makes them; they are few.
+
+    TRL casts them to bf16, where the perturbation would drown in its own rounding.
+    """
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return
+    coarse = [param for param in model.parameters() if param.requires_grad and is_low_precision(param.dtype)]
+    for param in coarse:
+        param.data = param.data.float()
+    if coarse:
+        logger.info(f"Holding {len(coarse)} adapter weights in float32 instead of 16 bits, so that SAM is exact.")
 
 
 def select_names(

@@ -1,8 +1,8 @@
 """Running a training script that knows nothing of hf-sam, with SAM.
 
 No library is patched. What changes is the script's own namespace: wherever it imports or names a trainer or config
-class, it gets `with_sam` of that class, as if somebody had edited those lines. Code in other files keeps the plain
-classes.
+class (a name that ends in Trainer, TrainingArguments or Config), it gets `with_sam` of that class, as if somebody had
+edited those lines. Code in other files keeps the plain classes.
 """
 
 import ast

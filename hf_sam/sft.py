@@ -13,7 +13,7 @@ from .arguments import SAMArguments
 from .trainer import SAMMixin
 
 
-@dataclass
+@dataclass(repr=False)
 class SAMSFTConfig(SAMArguments, SFTConfig):
     """[`~trl.SFTConfig`] with the fields of [`SAMArguments`]."""
 

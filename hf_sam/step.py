@@ -193,8 +193,8 @@ class SAMStep:
     def perturbed(self) -> Iterator[Perturbation]:
         """Inside, the weights are w + e, the gradients empty, and the random streams those of the ascent pass.
 
-        Afterwards, also after an error, the weights are w again, bit for bit, the gradients are those at w + e, and
-        random streams and buffers as the ascent pass left them.
+        Afterwards the weights are w again, bit for bit, the gradients are those at w + e, and random streams and
+        buffers as the ascent pass left them. After an error the weights are w and there are no gradients.
 
         Yields:
             [`~hf_sam.perturbation.Perturbation`]: norm of the ascent gradient, and whether it was finite.

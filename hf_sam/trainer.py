@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 from .arguments import SAMArguments
 from .backends import check_supported
 from .model_card import describe_in_model_card
-from .parameters import select_names, trainable_parameters
+from .parameters import keep_adapters_exact, select_names, trainable_parameters
 from .replay import recorded_once
 from .schedule import SAMWindow, annealing_kwargs, ascent_count
 from .step import SAMStep
@@ -57,6 +57,8 @@ class SAMMixin:
             self._check_on_policy()
         super().__init__(*args, **kwargs)
         self._check_arguments(self.args)
+        if self.args.sam_rho > 0:
+            keep_adapters_exact(self.model)
         self._sam: SAMStep | None = None
         self._sam_reached = False
         self._sam_warned: set[str] = set()

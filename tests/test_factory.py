@@ -72,12 +72,26 @@ def test_defaults_of_a_config_can_be_chosen(tmp_path):
     assert args.sam_target_modules is not config(**settings(tmp_path)).sam_target_modules
     (parsed,) = HfArgumentParser(config).parse_args_into_dataclasses(["--output_dir", "x", "--sam_interval", "2"])
     assert (parsed.sam_rho, parsed.sam_interval) == (0.05, 2)
-    assert type(pickle.loads(pickle.dumps(args))) is SAMTrainingArguments
+    assert with_sam(TrainingArguments, sam_rho=0.05, sam_target_modules=["mlp"]) is config
+    for again in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+        assert type(again) is config
+        assert again.to_dict() == args.to_dict()
+    # Also on top of a class that was made before.
+    stacked = with_sam(with_sam(Seq2SeqTrainingArguments), sam_rho=0.3)(**settings(tmp_path))
+    assert pickle.loads(pickle.dumps(stacked)).sam_rho == 0.3
     assert SAMTrainingArguments(**settings(tmp_path)).sam_rho == 0.0
     with pytest.raises(TypeError, match="'sam_roh'"):
         with_sam(TrainingArguments, sam_roh=0.05)
     with pytest.raises(TypeError, match="belong to the config"):
         with_sam(Trainer, sam_rho=0.05)
+
+
+@pytest.mark.parametrize("config", [SAMTrainingArguments, with_sam(TrainingArguments, sam_rho=0.1)])
+def test_tokens_do_not_show_in_the_text_of_a_config(tmp_path, config):
+    args = config(**settings(tmp_path), hub_token="secret-token", sam_interval=2)
+    assert "secret-token" not in repr(args)
+    assert "secret-token" not in str(args)
+    assert "sam_interval=2" in repr(args)
 
 
 def test_what_cannot_have_the_fields_is_refused():
@@ -86,11 +100,24 @@ def test_what_cannot_have_the_fields_is_refused():
             super().__init__(learning_rate=rate, **kwargs)
 
     @dataclass
+    class DataclassWithInit(TrainingArguments):
+        def __init__(self, output_dir, **kwargs):
+            super().__init__(output_dir, learning_rate=0.1, **kwargs)
+
+    class Written(SAMArguments, TrainingArguments):
+        def __init__(self, output_dir, **kwargs):
+            super().__init__(output_dir=output_dir, **kwargs)
+
+    @dataclass
     class Taken(TrainingArguments):
         anneal_steps: int = 100
 
-    with pytest.raises(TypeError, match="WithInit has an __init__ of its own"):
-        with_sam(WithInit)
+    for cls in (WithInit, DataclassWithInit):
+        with pytest.raises(TypeError, match=rf"{cls.__name__}, which has an __init__ of its own"):
+            with_sam(cls)
+    assert with_sam(Written) is Written
+    with pytest.raises(TypeError, match="Written, which has an __init__ of its own"):
+        with_sam(Written, sam_rho=0.05)
     with pytest.raises(TypeError, match="anneal_steps with a meaning of its own"):
         with_sam(Taken)
     with pytest.raises(TypeError, match="Trainer or TrainingArguments class, not <class 'dict'>"):

@@ -259,6 +259,8 @@ def test_flags_in_front_of_a_script_are_defaults_for_arguments_that_it_writes_do
         "from toy import olmo2, token_dataset\n"
         f"args = TrainingArguments(output_dir={str(tmp_path / 'out')!r}, max_steps=2, use_cpu=True, logging_steps=1,\n"
         "                         report_to='none', save_strategy='no')\n"
+        "import transformers\n"
+        "assert isinstance(args, transformers.TrainingArguments)\n"
         "trainer = Trainer(model=olmo2(), args=args, train_dataset=token_dataset())\n"
         "trainer.train()\n"
         "trainer.save_model()\n"
@@ -271,7 +273,7 @@ def test_flags_in_front_of_a_script_are_defaults_for_arguments_that_it_writes_do
     assert (trainer.args.sam_rho, trainer.args.sam_interval) == (0.05, 2)
     assert ["sam/sharpness" in entry for entry in trainer.state.log_history[:2]] == [True, False]
     args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
-    assert type(args) is SAMTrainingArguments
+    assert isinstance(args, SAMTrainingArguments)
     assert args.sam_rho == 0.05
 
 
@@ -390,18 +392,36 @@ def test_two_processes_take_the_steps_of_one(files, tmp_path):
     assert distance(mine) <= 1e-4 < 1e-3 <= distance(plain)
 
 
+def test_an_unknown_name_in_the_config_file_is_an_error_in_a_launched_process(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_SAM_LAUNCHED", "1")
+    config = tmp_path / "config.yaml"
+    config.write_text("sam_roh: 0.05\nnum_processes: 2\n")
+    with pytest.raises(SystemExit) as exit_status:
+        main(["sft", *sft_flags(files, tmp_path), "--config", str(config)])
+    assert exit_status.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "--sam_roh" in message
+    assert "--num_processes" not in message
+
+
 @pytest.mark.slow
-def test_accelerate_launches_underneath_when_asked_and_errors_travel_back(files, tmp_path):
+@pytest.mark.parametrize("processes", [["--cpu", "--num_processes", "1"], ["--multi_gpu", "--num_processes", "2"]])
+def test_accelerate_launches_underneath_when_asked_and_errors_travel_back(files, tmp_path, processes):
     config = tmp_path / "config.yaml"
     # A launcher's flag in the config file must not make the launched process launch again.
-    config.write_text("num_machines: 1\ncpu: true\nuse_fsdp: false\n")
+    config.write_text("num_machines: 1\nuse_fsdp: false\n")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "hf_sam", "sft", "--config", str(config), "--num_processes", "1"]
-    argv = sft_flags(files, tmp_path / "out", sam_rho=0.05)
+    command = [sys.executable, "-m", "hf_sam", "sft", "--config", str(config), *processes]
+    common = {"gradient_checkpointing": "false", "sam_rho": 0.05}
+    if processes[0] == "--multi_gpu":
+        common["ddp_backend"] = "gloo"
+    argv = sft_flags(files, tmp_path / "out", per_device_train_batch_size=8 // int(processes[-1]), **common)
     done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert main(["sft", *sft_flags(files, tmp_path / "here", sam_rho=0.05)]) == 0
-    assert same(saved(tmp_path / "out"), saved(tmp_path / "here"))
+    assert main(["sft", *sft_flags(files, tmp_path / "here", per_device_train_batch_size=8, sam_rho=0.05)]) == 0
+    mine, theirs = saved(tmp_path / "out"), saved(tmp_path / "here")
+    for name, value in theirs.items():
+        assert (mine[name] - value).norm() <= 1e-3 * value.norm(), name
     argv = sft_flags(files, tmp_path / "out", sam_rho=-1)
     done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0

@@ -11,7 +11,7 @@ import trl.experimental
 import trl.trainer
 from toy import olmo2, step_logs
 from toy_trl import build, reference, rows, tokenizer
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 from trl import DPOConfig, SFTTrainer
 
 from hf_sam import SAMMixin, SAMSFTConfig, SAMSFTTrainer, SAMTrainingArguments, with_sam
@@ -147,6 +147,31 @@ def test_adapters_follow_sam_by_hand_and_the_base_is_bitwise_unchanged(tmp_path,
     after = dict(sam.model.named_parameters())
     assert frozen
     assert all(torch.equal(value, after[name]) for name, value in frozen.items())
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_adapters_on_a_quantized_base_are_perturbed_exactly_and_the_base_stays(tmp_path, kind):
+    pytest.importorskip("bitsandbytes")
+    olmo2().save_pretrained(tmp_path / "base")
+
+    def model():
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=config, dtype=torch.float32, device_map="cpu"
+        )
+
+    run = build(kind, tmp_path, with_sam, sam_rho=1e-4, model=model(), peft_config=lora())
+    adapters = [param for param in run.model.parameters() if param.requires_grad]
+    base = {name: param.detach().clone() for name, param in run.model.named_parameters() if not param.requires_grad}
+    assert any(param.dtype == torch.uint8 for param in base.values())
+    assert {param.dtype for param in adapters} == {torch.float32}
+    run.train()
+    assert all(entry["sam/perturbation_kept"] == pytest.approx(1.0, abs=1e-2) for entry in step_logs(run))
+    after = dict(run.model.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in base.items())
+    # Without SAM, TRL's own choice stands.
+    plain = build(kind, tmp_path, with_sam, sam_rho=0.0, model=model(), peft_config=lora())
+    assert {param.dtype for param in plain.model.parameters() if param.requires_grad} == {torch.bfloat16}
 
 
 def test_dropout_masks_and_neftune_noise_are_the_same_in_both_passes(tmp_path):

@@ -72,7 +72,7 @@ def largest_difference(logs, reference, name) -> float:
 )
 def test_trajectory_follows_the_reference(results, expected, strategy, case):
     trained, reference = results(strategy, case.name), expected(case)
-    assert_ran(trained, strategy)
+    assert_ran(trained, strategy, offload=case.offload)
     metrics = METRICS if case.sam["sam_rho"] else METRICS[:2]
     if strategy == "fsdp2" and not HOST_REPORTS_WHOLE_NORMS:
         metrics = tuple(name for name in metrics if name != "grad_norm")
@@ -87,7 +87,7 @@ def test_trajectory_follows_the_reference(results, expected, strategy, case):
 def test_bf16_trajectory_stays_near_the_fp32_reference(results, expected, strategy):
     case = next(case for case in CASES if case.bf16)
     trained, reference = results(strategy, case.name), expected(case)
-    assert_ran(trained, strategy)
+    assert_ran(trained, strategy, precision="bf16")
     tolerance = BF16_ROUNDED_LOSS_TOLERANCE if strategy == "fsdp2" else BF16_LOSS_TOLERANCE
     assert largest_difference(trained["logs"], reference["logs"], "loss") <= tolerance
     assert largest_difference(trained["logs"], reference["logs"], "sam/perturbed_loss") <= tolerance
@@ -106,6 +106,7 @@ def test_weights_keep_the_whole_perturbation(results, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_interrupt_in_the_descent_pass_leaves_the_original_weights(results, strategy):
     outcome = results(strategy, "interrupted")
+    assert_ran(outcome, strategy)
     assert outcome["raised"]
     assert not outcome["gradients"]
     assert_bitwise(outcome["after"], outcome["before"])
@@ -115,6 +116,7 @@ def test_interrupt_in_the_descent_pass_leaves_the_original_weights(results, stra
 @pytest.mark.parametrize("variant", ["rho_zero", "outside"])
 def test_without_sam_the_run_is_bitwise_the_hosts(results, strategy, variant):
     outcome = results(strategy, "switched_off")
+    assert_ran(outcome, strategy)
     assert outcome[variant]["logs"] == outcome["host"]["logs"]
     assert_bitwise(outcome[variant]["weights"], outcome["host"]["weights"])
     assert torch.equal(outcome[variant]["random_state"], outcome["host"]["random_state"])
@@ -123,6 +125,7 @@ def test_without_sam_the_run_is_bitwise_the_hosts(results, strategy, variant):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_overflow_on_one_rank_is_a_plain_step_on_all(results, strategy):
     outcome = results(strategy, "overflow")
+    assert_ran(outcome, strategy)
     assert [entry["sam/skipped"] for entry in outcome["logs"]] == [0, 1]
     assert_bitwise(outcome["weights"], outcome["plain"])
 
@@ -130,6 +133,7 @@ def test_overflow_on_one_rank_is_a_plain_step_on_all(results, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resumed_run_is_bitwise_the_uninterrupted_one(results, strategy):
     outcome = results(strategy, "resumed")
+    assert_ran(outcome, strategy)
     if "again" not in outcome:
         pytest.skip(outcome["unsupported"])
     assert_bitwise(outcome["again"], outcome["whole"])
@@ -138,6 +142,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(results, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checkpoint_holds_unperturbed_weights_and_no_sam_state(results, strategy):
     outcome = results(strategy, "resumed")
+    assert_ran(outcome, strategy)
     if outcome["saved"] is not None:
         assert_bitwise(outcome["saved"], outcome["at_save"])
     if outcome["optimizer_keys"] is not None:
@@ -162,12 +167,15 @@ def test_loop_without_a_trainer_follows_the_reference(results, strategy):
     assert_ran(outcome, strategy)
 
 
-def assert_ran(outcome, strategy):
+def assert_ran(outcome, strategy, offload=False, precision="no"):
     """The strategy that was asked for is the one that ran: accelerate falls back to another without an error."""
-    kind, sharded = outcome["ran"]
+    ran = outcome["ran"]
     names = {"single": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP"}
-    assert kind == names.get(strategy, "DEEPSPEED")
-    assert (sharded > 1) == (strategy == "fsdp2")
+    assert ran["kind"] == names.get(strategy, "DEEPSPEED")
+    assert (ran["sharded"] > 1) == (strategy == "fsdp2")
+    assert ran["stage"] == (int(strategy[-1]) if strategy.startswith("zero") else 0)
+    assert ran["offload"] == offload
+    assert ran["precision"] == precision
 
 
 def assert_bitwise(weights, reference):

@@ -85,13 +85,24 @@ def full_weights(trainer) -> dict[str, torch.Tensor] | None:
     return {name: value.detach().cpu().clone() for name, value in state.items()} if state else None
 
 
-def what_ran(accelerator, model) -> tuple[str, int]:
-    """Accelerate's name for the strategy, and how many modules FSDP2 shards."""
-    return accelerator.distributed_type.value, sum(isinstance(module, FSDPModule) for module in model.modules())
+def what_ran(accelerator, model) -> dict:
+    """Accelerate's name for the strategy, number of modules that FSDP2 shards, ZeRO's stage and offload, precision."""
+    wrapper = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    kind = accelerator.distributed_type.value
+    optimizer = wrapper.engine.optimizer if kind == "DEEPSPEED" else None
+    offload = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
+    return {
+        "kind": kind,
+        "sharded": sum(isinstance(module, FSDPModule) for module in model.modules()),
+        "stage": wrapper.engine.zero_optimization_stage() if optimizer is not None else 0,
+        "offload": bool(offload),
+        "precision": accelerator.mixed_precision,
+    }
 
 
 def save(trainer, path: Path, **results) -> None:
     """Write results on rank 0."""
+    results.setdefault("ran", what_ran(trainer.accelerator, trainer.model_wrapped))
     if trainer.is_world_process_zero():
         torch.save(results, path)
 
@@ -105,7 +116,6 @@ def run(strategy: str, case: Case, output_dir: Path) -> None:
         output_dir / f"{case.name}.pt",
         logs=step_logs(trainer),
         weights=full_weights(trainer),
-        ran=what_ran(trainer.accelerator, trainer.model_wrapped),
     )
 
 
