@@ -153,23 +153,15 @@ def grouped(parser):
 
 
 def _launch(command: str, from_config: list[str], flags: list[str], argv: list[str]) -> int:
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from accelerate.commands.launch import launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     parser = launch_command_parser()
     launch = resolve_accelerate_config_argument([*_switches(parser, from_config), *flags])
-    # An unknown flag ends here, with the message of accelerate's parser.
-    args = parser.parse_args([*launch, "--module", "hf_sam", command, *argv])
-    os.environ[_LAUNCHED] = "1"
-    try:
-        launch_command(args)
-    except (subprocess.CalledProcessError, ChildFailedError) as error:
-        # The processes have told what went wrong.
-        return getattr(error, "returncode", 1)
-    finally:
-        del os.environ[_LAUNCHED]
-    return 0
+    launch += ["--module", "hf_sam", command, *argv]
+    parser.parse_args(launch)  # an unknown flag ends here
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch]
+    return subprocess.run(accelerate, env={**os.environ, _LAUNCHED: "1"}).returncode
 
 
 def _launcher_flags() -> set[str]:
