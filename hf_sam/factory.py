@@ -47,23 +47,15 @@ def with_sam(cls: type, **defaults) -> type:
 
 @functools.cache
 def _trainer(cls: type) -> type:
-    if cls is Trainer:
-        return SAMTrainer
-    if _is_trl(cls, "SFTTrainer"):
-        from .sft import SAMSFTTrainer
-
-        return SAMSFTTrainer
+    if (ready_made := _ready_made(cls)) is not None:
+        return ready_made
     return type(f"SAM{cls.__name__}", (SAMMixin, cls), {"__module__": __name__, "__doc__": cls.__doc__})
 
 
 @functools.cache
 def _config(cls: type) -> type:
-    if cls is TrainingArguments:
-        return SAMTrainingArguments
-    if _is_trl(cls, "SFTConfig"):
-        from .sft import SAMSFTConfig
-
-        return SAMSFTConfig
+    if (ready_made := _ready_made(cls)) is not None:
+        return ready_made
     _check_generated_init(cls)
     taken = sorted(cls.__dataclass_fields__.keys() & SAMArguments.__dataclass_fields__.keys())
     if taken:
@@ -102,8 +94,13 @@ def _check_generated_init(cls: type) -> None:
         )
 
 
-def _is_trl(cls: type, name: str) -> bool:
-    return cls.__module__.startswith("trl.") and cls.__name__ == name
+def _ready_made(cls: type) -> type | None:
+    """The class that hf-sam ships for `cls`, if any."""
+    if cls.__module__.startswith("trl.") and cls.__name__ in ("SFTTrainer", "SFTConfig"):
+        from . import sft
+
+        return getattr(sft, f"SAM{cls.__name__}")
+    return {Trainer: SAMTrainer, TrainingArguments: SAMTrainingArguments}.get(cls)
 
 
 def _reduce(self, protocol):

@@ -144,9 +144,10 @@ class SAMMixin:
             )
             if self._sam.backend.has_coarse_weights():
                 self._warn_once(
+                    "coarse weights",
                     "SAM perturbs 16-bit weights that have no fp32 copy. Stochastic rounding keeps the perturbation "
                     "right on average, but adds rounding noise that can be larger than the perturbation itself. For "
-                    "an exact step load the model in float32 and train with bf16=True or fp16=True."
+                    "an exact step load the model in float32 and train with bf16=True or fp16=True.",
                 )
         return self._sam
 
@@ -184,20 +185,22 @@ class SAMMixin:
             kept = sam_logs.get("sam/perturbation_kept", 1.0)
             if not low <= kept <= high:
                 self._warn_once(
+                    "rounded away",
                     f"Of the SAM perturbation, the stored weights kept {kept:.2f} instead of 1: it is lost in their "
-                    "rounding. Load the model in float32 and train with bf16=True or fp16=True, or raise sam_rho."
+                    "rounding. Load the model in float32 and train with bf16=True or fp16=True, or raise sam_rho.",
                 )
             if self.args.sam_rho > 0 and not self._sam_reached:
                 self._warn_once(
+                    "never reached",
                     f"SAM did not act: the `training_step` of {type(self).__name__} never calls that of SAMMixin. Call "
-                    "super().training_step() in it, or put SAMMixin in front of the class that overrides it."
+                    "super().training_step() in it, or put SAMMixin in front of the class that overrides it.",
                 )
             logs.update(sam_logs)
         return super().log(logs, start_time)
 
-    def _warn_once(self, message: str):
-        if message[:40] not in self._sam_warned:
-            self._sam_warned.add(message[:40])
+    def _warn_once(self, what: str, message: str):
+        if what not in self._sam_warned:
+            self._sam_warned.add(what)
             logger.warning(message)
 
     def create_model_card(self, *args, **kwargs):
@@ -238,11 +241,8 @@ class SAMMixin:
             )
 
     def _check_on_policy(self):
-        for base in type(self).__mro__:
-            if not base.__module__.startswith("trl.") or not (
-                _ON_POLICY_METHODS & vars(base).keys() or base.__name__ in _ON_POLICY_TRAINERS
-            ):
-                continue
+        hosts = [base for base in type(self).__mro__ if base.__module__.startswith("trl.")]
+        if any(_ON_POLICY_METHODS & vars(base).keys() or base.__name__ in _ON_POLICY_TRAINERS for base in hosts):
             raise ValueError(
                 f"SAM does not support {type(self).__name__}, which generates its training data inside of the step: "
                 "the second pass would see other data than the first, and its importance weights compare with "
