@@ -18,3 +18,20 @@ def fresh_accelerate_state():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model and datasets on disk, as the scripts load them."""
+    from toy import olmo2
+    from toy_trl import rows, tokenizer
+
+    folder = tmp_path_factory.mktemp("files")
+    olmo2().save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    for name, kind in (("corpus", "text"), ("chats", "chat")):
+        (folder / name).mkdir()
+        rows(kind).to_json(folder / name / "train.jsonl")
+        rows(kind, count=8).to_json(folder / name / "test.jsonl")
+    (folder / "corpus.txt").write_text("\n".join(row["text"] for row in rows("text")))
+    return folder
