@@ -1,6 +1,6 @@
-"""The `hf-sam` command: `sft`, `clm`, and `run` for any script.
+"""The `hf-sam` command: `sft`, `clm`, `run` for any script, `evaluate` and `report`.
 
-In the style of `trl sft`: flags of the trainer's own parser, `--config FILE` for a YAML file with more of them, and
+In the style of `trl sft`: flags of the command's own parser, `--config FILE` for a YAML file with more of them, and
 whatever that parser does not know (`--num_processes 2`, `--accelerate_config FILE`) goes to `accelerate launch`, which
 then starts the same command in every process. Without such flags the command runs in this process.
 """
@@ -22,8 +22,10 @@ commands:
   clm             pretraining on plain text, from a checkpoint or from scratch
   run SCRIPT      any training script, with SAM in the trainers that it names; flags of SAM in front of SCRIPT are
                   defaults for scripts that do not parse flags (end a list or a switch with `--`)
+  evaluate        forgetting, damage of quantization, sharpness, benchmarks of a base model and those made from it
+  report DIR...   compare evaluations, the first of which is the reference
 
-`hf-sam COMMAND --help` lists the flags of `sft` and `clm`. Start `run` on several processes with
+`hf-sam COMMAND --help` lists the flags. Start `run` on several processes with
 `accelerate launch -m hf_sam run SCRIPT ...` or `torchrun -m hf_sam run SCRIPT ...`.
 """
 
@@ -37,14 +39,23 @@ def main(argv: list[str] | None = None) -> int:
     command, *rest = argv
     if command == "run":
         return _run(rest)
-    if command not in ("sft", "clm"):
+    if command not in ("sft", "clm", "evaluate", "report"):
         print(f"hf-sam: there is no command {command!r}.\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
-    missing = [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]
+    extra = "sft" if command in ("sft", "clm") else "eval"
+    needed = {"sft": ("trl", "datasets"), "eval": ("datasets", "scipy", "matplotlib")}[extra]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"hf-sam {command} needs {', '.join(missing)}. Install them: pip install 'hf-sam[sft]'.", file=sys.stderr)
+        print(
+            f"hf-sam {command} needs {', '.join(missing)}. Install them: pip install 'hf-sam[{extra}]'.",
+            file=sys.stderr,
+        )
         return 1
-    return _train(command, rest)
+    if command == "report":
+        from .evaluation.command import report_main
+
+        return report_main(rest)
+    return _start(command, rest)
 
 
 def _run(argv: list[str]) -> int:
@@ -69,7 +80,8 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _train(command: str, argv: list[str]) -> int:
+def _start(command: str, argv: list[str]) -> int:
+    """Run a command in this process, or launch it in others if there are flags of the launcher."""
     parser = _parser(command)
     from_config, unknown = _unknown(parser, argv)
     if _is_launched():
@@ -79,8 +91,7 @@ def _train(command: str, argv: list[str]) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     elif from_config or unknown:
         return _launch(command, from_config, unknown, _without(argv, unknown))
-    _program(command)(argv)
-    return 0
+    return _program(command)(argv) or 0
 
 
 def _unknown(parser, argv: list[str]) -> tuple[list[str], list[str]]:
@@ -107,8 +118,12 @@ def _is_launched() -> bool:
     return _LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
 
 
-def _program(command: str) -> Callable[[list[str]], None]:
-    """What trains in this process."""
+def _program(command: str) -> Callable[[list[str]], int | None]:
+    """What runs in this process."""
+    if command == "evaluate":
+        from .evaluation.command import evaluate_main
+
+        return evaluate_main
     if command == "clm":
         from . import clm
 
@@ -122,6 +137,10 @@ def _program(command: str) -> Callable[[list[str]], None]:
 
 def _parser(command: str):
     """The parser of the program, with the flags of SAM in a group of their own in the help."""
+    if command == "evaluate":
+        from .evaluation.command import EvaluateParser
+
+        return EvaluateParser()
     if command == "clm":
         from .clm import make_parser
 
@@ -154,10 +173,13 @@ def grouped(parser):
 
 def _launch(command: str, from_config: list[str], flags: list[str], argv: list[str]) -> int:
     from accelerate.commands.launch import launch_command_parser
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     parser = launch_command_parser()
-    launch = resolve_accelerate_config_argument([*_switches(parser, from_config), *flags])
+    launch = [*_switches(parser, from_config), *flags]
+    if "--accelerate_config" in launch:
+        from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+        launch = resolve_accelerate_config_argument(launch)
     launch += ["--module", "hf_sam", command, *argv]
     parser.parse_args(launch)  # an unknown flag ends here
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch]

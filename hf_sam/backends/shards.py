@@ -1,0 +1,60 @@
+"""What a measurement may know of where weights live: which precision computes, and the shard that this rank holds."""
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def local_piece(tensor: torch.Tensor) -> torch.Tensor:
+    """The piece of `tensor` on this rank, sharing its storage; the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def piece_of(whole: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """The piece of `whole` that belongs to the shard of `param` on this rank; both have the same global shape."""
+    if not isinstance(param, DTensor):
+        return whole
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 shards some of the weights."""
+    return any(isinstance(param, DTensor) for param in model.parameters())
+
+
+def check_at_hand(params: dict[str, torch.Tensor], what: str) -> None:
+    """Raises ValueError for weights that are partitioned by ZeRO-3, which cannot be changed from outside."""
+    if any(hasattr(param, "ds_id") for param in params.values()):
+        raise ValueError(
+            f"{what} changes the weights, which ZeRO-3 partitions. Save the model and measure it with `hf-sam "
+            "evaluate`, or train with FSDP2."
+        )
+
+
+def check_whole(params: dict[str, torch.Tensor], what: str) -> None:
+    """Raises ValueError for sharded weights, through which no second pass can be differentiated."""
+    check_at_hand(params, what)
+    if any(isinstance(param, DTensor) for param in params.values()):
+        raise ValueError(
+            f"{what} needs the whole weights on each process, but they are sharded by FSDP2. Save the model and "
+            "measure it with `hf-sam evaluate`."
+        )
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Drop gathered weights, which would hide a change of the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def compute_dtype(model: torch.nn.Module, param: torch.Tensor) -> torch.dtype:
+    """The precision in which the forward pass sees `param`."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            dtype = module._get_fsdp_state()._mp_policy.param_dtype
+            if dtype is not None:
+                return dtype
+    return param.dtype

@@ -1,0 +1,109 @@
+"""The diagonal of the Fisher information: how much each weight matters for the old data.
+
+    F_i = E[(d log p(y | x) / d w_i)^2]
+
+with one gradient a sequence. The square of a gradient over a batch is something else: it is smaller by up to the
+size of the batch, and gradients of opposite sign cancel.
+"""
+
+from pathlib import Path
+
+import torch
+
+from ..backends.shards import check_whole
+from ..evaluation.data import Batch, batches_of
+from ..evaluation.displacement import floating_parameters
+from ..evaluation.loss import IGNORED, counted_logits, token_losses
+from ..evaluation.measuring import measuring
+from ..evaluation.processes import progress, share, total_tensor
+from ..evaluation.sharpness import check_precise, only_trainable
+from ..parameters import plain_name
+
+
+def estimate_fisher(
+    model: torch.nn.Module,
+    data,
+    *,
+    labels: str = "data",
+    sequences: int | None = None,
+    parameters: str | None = None,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Diagonal Fisher information of a causal language model, from the gradient of each sequence by itself.
+
+    The log-likelihood of a sequence is its mean over tokens, so that F, and with it lambda, is on the scale of the
+    training loss in nats per token. Memory: two copies of the weights.
+
+    Args:
+        model (`torch.nn.Module`): the base model, with fp32 weights, whole on each process; it stays as it is.
+        data ([`~hf_sam.evaluation.HeldOutData`] or rows with `input_ids`): old data, one sequence a row.
+        labels (`str`, defaults to `"data"`): `"data"`: the tokens that are there (the empirical Fisher, as in arXiv
+            2605.02105); `"model"`: tokens drawn from the model's own predictions (the Fisher information proper).
+        sequences (`int`, *optional*): use only the first rows.
+        parameters (`str`, *optional*): regular expression of the weights; all that are trainable when omitted.
+        seed (`int`, defaults to 0): seed of the drawn tokens.
+
+    Returns:
+        `dict[str, torch.Tensor]`: F by name of the weight, in its shape, on the CPU.
+
+    Raises:
+        ValueError: if weights are quantized, in 16 bits or sharded, or an argument is out of range.
+    """
+    if labels not in ("data", "model"):
+        raise ValueError(f"labels={labels!r} must be 'data' or 'model'.")
+    if isinstance(data, torch.utils.data.DataLoader):
+        raise ValueError("The Fisher information needs single sequences: pass the dataset instead of a dataloader.")
+    rows = list(batches_of(data, batch_size=1))[:sequences]
+    with measuring(model, exact=True) as inner:
+        params = floating_parameters(inner, parameters, "The Fisher information", trainable=True)
+        check_precise(params, "The Fisher information")
+        check_whole(params, "The Fisher information")
+        fisher = {name: torch.zeros_like(param) for name, param in params.items()}
+        with only_trainable(inner, params):
+            numbered = list(enumerate(rows))
+            for (number, row), counts in progress(share(numbered), "Fisher information"):
+                if counts:
+                    losses = token_losses(inner, row) if labels == "data" else _sampled(inner, row, seed, number)
+                    gradients = torch.autograd.grad(losses.mean(), list(params.values()), allow_unused=True)
+                    for total, gradient in zip(fisher.values(), gradients, strict=True):
+                        if gradient is not None:
+                            total.addcmul_(gradient, gradient, value=1 / len(rows))
+        return {plain_name(name): total_tensor(value).cpu() for name, value in fisher.items()}
+
+
+def _sampled(model, row: Batch, seed: int, number: int) -> torch.Tensor:
+    """Losses at tokens that are drawn from the model's predictions at the counted places."""
+    logits, _ = counted_logits(model, row)
+    generator = torch.Generator(device=logits.device).manual_seed((seed << 32) + number)
+    drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+    return torch.nn.functional.cross_entropy(logits.float(), drawn, ignore_index=IGNORED, reduction="none")
+
+
+def save_fisher(fisher: dict[str, torch.Tensor], path: str | Path, **about: str) -> None:
+    """Write F with safetensors.
+
+    Args:
+        fisher (`dict[str, torch.Tensor]`): as from `estimate_fisher`.
+        path (`str` or `Path`): the file.
+        about: what to remember with it, e.g. `model="allenai/OLMo-2-0425-1B"`, `data="dolmino"`.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: value.contiguous() for name, value in fisher.items()}
+    save_file(tensors, str(path), metadata={"format": "pt", "kind": "hf-sam fisher", **about})
+
+
+def load_fisher(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read F as `save_fisher` wrote it.
+
+    Raises:
+        ValueError: if the file is not there, or holds something else.
+    """
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise ValueError(f"There is no Fisher information at {str(path)!r}; make it with estimate_fisher, save_fisher.")
+    with safe_open(str(path), framework="pt") as file:
+        if (file.metadata() or {}).get("kind") != "hf-sam fisher":
+            raise ValueError(f"{str(path)!r} holds tensors, but not those that hf_sam.baselines.save_fisher writes.")
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

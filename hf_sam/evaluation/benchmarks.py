@@ -1,0 +1,173 @@
+"""Benchmarks through EleutherAI's lm-evaluation-harness, by default the nine multiple-choice tasks of OLMES.
+
+The tasks and metrics are the harness's own: OLMES (arXiv 2406.08446) prescribes curated examples and the better of two
+formats, which the harness does not have, so figures are comparable with each other, not with published OLMES ones.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .estimate import Estimate, interval, resampled_counts
+from .measuring import device_of, measuring
+from .requirements import need
+
+OLMES_CORE_9 = (
+    "arc_challenge",
+    "arc_easy",
+    "boolq",
+    "commonsense_qa",
+    "hellaswag",
+    "openbookqa",
+    "piqa",
+    "social_iqa",
+    "winogrande",
+)
+
+# As in OLMES.
+FEW_SHOT = 5
+
+# What a task is judged by, the first one that it reports.
+_METRICS = ("acc_norm", "acc", "exact_match", "f1")
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Score of one task.
+
+    Attributes:
+        task (`str`): name in the harness.
+        metric (`str`): e.g. `"acc_norm"`; from 0 to 1, more is better.
+        scores (`dict[str, float]`): score of each example by its number in the task.
+        value (`float`): the harness's own aggregate of them.
+    """
+
+    task: str
+    metric: str
+    scores: dict[str, float]
+    value: float
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over examples; nan for a single one."""
+        values = list(self.scores.values())
+        return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return {**vars(self), "standard_error": self.standard_error}
+
+
+def run_benchmarks(
+    model: torch.nn.Module,
+    tokenizer,
+    tasks: Sequence[str] = OLMES_CORE_9,
+    *,
+    num_fewshot: int | None = FEW_SHOT,
+    batch_size: int = 8,
+    limit: int | None = None,
+    include_path: str | Path | None = None,
+    seed: int = 1234,
+) -> dict[str, BenchmarkResult]:
+    """Run tasks of lm-evaluation-harness on a model in memory, quantized ones too.
+
+    Under several processes each runs all of it, since the harness shares out only models that it loads itself.
+
+    Args:
+        model (`torch.nn.Module`): a causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        tasks (`Sequence[str]`): names of tasks or groups; the OLMES core set when omitted.
+        num_fewshot (`int`, *optional*, defaults to 5): examples in the prompt; what the task says when `None`.
+        batch_size (`int`, defaults to 8): requests a batch.
+        limit (`int`, *optional*): use only the first examples of each task.
+        include_path (`str` or `Path`, *optional*): folder with task files of one's own, found before the harness's.
+        seed (`int`, defaults to 1234): seed of the choice of examples in the prompt.
+
+    Raises:
+        ImportError: if the harness is missing.
+        ValueError: for an unknown task, or one that reports no metric known here.
+    """
+    names = check_tasks(tasks, include_path)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with measuring(model) as inner:
+        wrapped = HFLM(
+            pretrained=inner, tokenizer=tokenizer, batch_size=batch_size, device=str(device_of(inner)), dtype=None
+        )
+        output = simple_evaluate(
+            model=wrapped,
+            tasks=names,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=_manager(include_path),
+            bootstrap_iters=0,
+            log_samples=True,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    return {task: _result(task, output) for task in output["samples"]}
+
+
+def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> list[str]:
+    """The names of the tasks, known to exist.
+
+    Raises:
+        ImportError: if the harness is missing.
+        ValueError: for an unknown task.
+    """
+    need("lm_eval", "Benchmarks")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"There is no folder {str(include_path)!r} with task files.")
+    known = set(_manager(include_path).all_tasks)
+    missing = [task for task in tasks if task not in known]
+    if missing or not tasks:
+        raise ValueError(
+            f"The harness has no task {', '.join(map(repr, missing))}. `lm-eval ls tasks` lists them; a folder with "
+            "task files of your own is given as include_path (on the command line: --task_folder)."
+        )
+    return list(tasks)
+
+
+def score_change(
+    before: BenchmarkResult,
+    after: BenchmarkResult,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Score after minus before, with the paired bootstrap interval over the examples of a task.
+
+    Raises:
+        ValueError: if the two were run on different examples.
+    """
+    if before.scores.keys() != after.scores.keys() or before.metric != after.metric:
+        raise ValueError(f"The two runs of {before.task!r} have different examples or metrics.")
+    change = np.asarray([after.scores[example] - value for example, value in before.scores.items()])
+    counts = resampled_counts(len(change), resamples, seed)
+    return interval(change.mean(), counts @ change / len(change), confidence)
+
+
+def _manager(include_path):
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if include_path is None else str(include_path))
+
+
+def _result(task: str, output: dict) -> BenchmarkResult:
+    reported = {key.split(",")[0]: value for key, value in output["results"][task].items()}
+    for metric in _METRICS:
+        samples = output["samples"][task]
+        if metric in reported and all(metric in sample for sample in samples):
+            scores = {str(sample["doc_id"]): float(sample[metric]) for sample in samples}
+            return BenchmarkResult(task, metric, scores, float(reported[metric]))
+    raise ValueError(
+        f"The task {task!r} reports {', '.join(sorted(reported))}, none of which is known here: {_METRICS}."
+    )

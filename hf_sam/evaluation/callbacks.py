@@ -1,0 +1,141 @@
+"""The measures during training: callbacks for any [`~transformers.Trainer`].
+
+They measure at each evaluation of the host and at the end of training, log next to its metrics, and leave the run as it
+is: weights, gradients, random streams and modes are the same with and without them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from transformers import Trainer, TrainerCallback
+
+from .hessian import hessian_spectrum
+from .loss import held_out_loss
+from .noise import noise_kl
+from .sharpness import sam_sharpness
+
+_MEASURES = ("kl", "sam", "hessian")
+
+
+class _MeasuringCallback(TrainerCallback):
+    def __init__(self, trainer: Trainer, batch_size: int | None):
+        self.trainer = trainer
+        self.batch_size = trainer.args.per_device_eval_batch_size if batch_size is None else batch_size
+        self._measured_at = -1
+
+    @property
+    def model(self):
+        return self.trainer.model_wrapped
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._once_a_step(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._once_a_step(state)
+
+    def _once_a_step(self, state):
+        if state.global_step != self._measured_at:
+            self._measured_at = state.global_step
+            self._log(self.measure())
+
+    def measure(self) -> dict[str, float]:
+        raise NotImplementedError
+
+    def _log(self, values: dict[str, float]):
+        # Trainers that override `log` join the averages of their own metrics to whatever is logged next, which
+        # must be their own entry.
+        Trainer.log(self.trainer, values)
+
+
+class ForgettingCallback(_MeasuringCallback):
+    """Logs held-out loss on old data before, during and after training, and how much was forgotten.
+
+    ```python
+    trainer.add_callback(ForgettingCallback(trainer, HeldOutData.from_dataset(old, tokenizer)))
+    ```
+
+    Logged, in nats per token: `forgetting/before` when training begins, `forgetting/held_out_loss` and
+    `forgetting/forgetting` at each evaluation and at the end; with several datasets, behind `forgetting/<name>/`. A
+    resumed run goes on comparing with what the first one logged.
+
+    Args:
+        trainer (`transformers.Trainer`): the trainer that the callback is added to.
+        data ([`HeldOutData`] or `Mapping` of names to them): old data, or anything else [`held_out_loss`] takes.
+        batch_size (`int`, *optional*): rows a batch; that of the trainer's evaluation when omitted.
+    """
+
+    def __init__(self, trainer: Trainer, data, *, batch_size: int | None = None):
+        super().__init__(trainer, batch_size)
+        self.data = {f"forgetting/{name}": one for name, one in data.items()} if isinstance(data, Mapping) else {}
+        self.data = self.data or {"forgetting": data}
+        self._before: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        names = [f"{prefix}/before" for prefix in self.data]
+        logged = [entry for entry in state.log_history if all(name in entry for name in names)]
+        if logged:
+            self._before = {name: logged[0][name] for name in names}
+        else:
+            self._before = {f"{prefix}/before": self._loss(data) for prefix, data in self.data.items()}
+            self._log(dict(self._before))
+
+    def measure(self) -> dict[str, float]:
+        """Held-out loss and forgetting by name; forgetting is missing before training began."""
+        values = {}
+        for prefix, data in self.data.items():
+            values[f"{prefix}/held_out_loss"] = loss = self._loss(data)
+            if f"{prefix}/before" in self._before:
+                values[f"{prefix}/forgetting"] = loss - self._before[f"{prefix}/before"]
+        return values
+
+    def _loss(self, data) -> float:
+        return held_out_loss(self.model, data, batch_size=self.batch_size).loss
+
+
+class SharpnessCallback(_MeasuringCallback):
+    """Logs the sharpness of the minimum at each evaluation and at the end of training.
+
+    Args:
+        trainer (`transformers.Trainer`): the trainer that the callback is added to.
+        data ([`HeldOutData`]): what to measure on, or anything else [`held_out_loss`] takes. Some tens of documents do.
+        measures (`Sequence[str]`, defaults to `("kl",)`): `"kl"`: `sharpness/kl` of [`noise_kl`]; `"sam"`:
+            `sharpness/sam` of [`sam_sharpness`]; `"hessian"`: `sharpness/hessian_top` and `sharpness/hessian_trace` of
+            [`hessian_spectrum`]. Sharded models can take `"kl"` only.
+        batch_size (`int`, *optional*): rows a batch; that of the trainer's evaluation when omitted.
+        options: arguments of the measures by their names, e.g. `kl={"samples": 3}`.
+
+    Raises:
+        ValueError: for an unknown measure.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        data,
+        measures: Sequence[str] = ("kl",),
+        *,
+        batch_size: int | None = None,
+        **options: dict,
+    ):
+        super().__init__(trainer, batch_size)
+        unknown = [name for name in (*measures, *options) if name not in _MEASURES]
+        if unknown:
+            raise ValueError(f"There is no sharpness measure {unknown[0]!r}; choose from {', '.join(_MEASURES)}.")
+        self.data = data
+        self.measures = tuple(measures)
+        self.options = options
+
+    def measure(self) -> dict[str, float]:
+        """The values by the names under which they are logged."""
+        values = {}
+        for name in self.measures:
+            settings = {"batch_size": self.batch_size, **self.options.get(name, {})}
+            if name == "kl":
+                values["sharpness/kl"] = noise_kl(self.model, self.data, **settings).value
+            elif name == "sam":
+                values["sharpness/sam"] = sam_sharpness(self.model, self.data, **settings).value
+            else:
+                spectrum = hessian_spectrum(self.model, self.data, **settings)
+                values["sharpness/hessian_trace"] = spectrum.trace
+                if spectrum.eigenvalues:
+                    values["sharpness/hessian_top"] = spectrum.eigenvalues[0]
+        return values

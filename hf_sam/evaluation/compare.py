@@ -1,0 +1,195 @@
+"""Comparing evaluations: the first is the reference, e.g. AdamW, the others are set against it, e.g. SAM."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .document import Document
+from .frontier import forgetting_reduction, inflection_point
+from .loss import check_same_documents, forgetting
+from .plots import plot_frontier
+from .report import Results, _error
+
+
+def write_comparison(
+    folders: Sequence[str | Path], output: str | Path, budgets: Sequence[float] = ()
+) -> tuple[Path, Path]:
+    """Write `report.md` and `report.html` that compare evaluations.
+
+    Args:
+        folders (`Sequence`): output folders of `hf-sam evaluate`; the first is the reference.
+        output (`str` or `Path`): where the reports go.
+        budgets (`Sequence[float]`): pretraining budget of each base, for the inflection point over checkpoints.
+
+    Returns:
+        `tuple[Path, Path]`: the paths of the two reports.
+
+    Raises:
+        ValueError: if a folder holds no results, or they were measured on different data.
+    """
+    results = [Results.read(folder) for folder in folders]
+    return comparison_report(results, budgets).write(output)
+
+
+def comparison_report(results: Sequence[Results], budgets: Sequence[float] = ()) -> Document:
+    """The report that compares evaluations; see `write_comparison`."""
+    if not results:
+        raise ValueError("There is nothing to compare: name the output folders of one or more evaluations.")
+    if budgets and len(budgets) != len(results):
+        raise ValueError(f"There are {len(budgets)} budgets for {len(results)} evaluations; give one for each.")
+    names = [one.name for one in results]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two evaluations have the same name ({', '.join(names)}); name them with --name.")
+    reference = results[0]
+    for other in results[1:]:
+        _check_comparable(reference, other)
+    document = Document("Comparison: " + ", ".join(names))
+    document.text(
+        f"`{reference.name}` is the reference. What was lost and where it ended are both shown: a model that loses "
+        "less may still end worse."
+    )
+    _bases(document, results)
+    _quantized(document, results)
+    _fine_tuned(document, results)
+    _sharpness(document, results)
+    if budgets:
+        _inflection(document, results, budgets)
+    return document
+
+
+def _check_comparable(reference: Results, other: Results) -> None:
+    for kind, names, others in (("old", reference.old, other.old), ("task", reference.tasks, other.tasks)):
+        if names[:1] != others[:1]:
+            raise ValueError(
+                f"{reference.name!r} was measured on the {kind} data {names[:1]}, {other.name!r} on {others[:1]}. "
+                "Evaluate them on the same data."
+            )
+        for name in names[:1]:
+            check_same_documents(reference.loss(reference.base, name), other.loss(other.base, name))
+
+
+def _bases(document: Document, results: Sequence[Results]) -> None:
+    document.heading("Base models")
+    data = results[0].old[0]
+    first = results[0].loss(results[0].base, data)
+    rows = []
+    for one in results:
+        loss = one.loss(one.base, data)
+        against = "" if one is results[0] else str(forgetting(first, loss))
+        rows.append([one.name, one.base, f"{loss.loss:.4f}", against])
+    document.table(["run", "base", f"loss on {data}", "against the reference"], rows)
+
+
+def _quantized(document: Document, results: Sequence[Results]) -> None:
+    shared = [s for s in results[0].record["settings"]["quantize"] if all(_has(one, s) for one in results)]
+    if not shared:
+        return
+    document.heading("Quantization of the base models")
+    data = results[0].old[0]
+    rows = []
+    for scheme in shared:
+        lost = None
+        for one in results:
+            before, after = one.loss(one.base, data), one.loss(one.base, data, scheme)
+            damage = forgetting(before, after)
+            change = "" if lost is None else _change(damage.value, lost)
+            lost = damage.value if lost is None else lost
+            rows.append([scheme, one.name, str(damage), change, f"{after.loss:.4f}"])
+    document.table(["scheme", "run", "damage", "against the reference", "loss where it ended"], rows)
+
+
+def _has(one: Results, scheme: str) -> bool:
+    return scheme in one.record["settings"]["quantize"]
+
+
+def _fine_tuned(document: Document, results: Sequence[Results]) -> None:
+    sweeps = {one.name: one.sweep() for one in results}
+    if not all(sweeps.values()):
+        document.heading("Fine-tuning")
+        document.text(
+            "Missing: an evaluation without tuned models or without `--task_data` has nothing to compare here."
+        )
+        return
+    document.heading("Learning and forgetting")
+    points = {name: [(run.task.loss, run.forgetting) for run in sweep] for name, sweep in sweeps.items()}
+    document.figure("frontier", plot_frontier(points), "Learning against forgetting, one curve for each run")
+    rows = [
+        [name, run.name, f"{run.task.loss:.4f}", f"{run.forgetting:.4f}", f"{run.after.loss:.4f}"]
+        for name, sweep in sweeps.items()
+        for run in sweep
+    ]
+    document.table(["run", "tuned model", "task loss", "forgetting", "loss on old data where it ended"], rows)
+    reference, *others = sweeps.items()
+    rows = []
+    for name, sweep in others:
+        try:
+            found = forgetting_reduction(reference[1], sweep)
+        except ValueError as error:
+            document.text(f"`{name}` against `{reference[0]}` at equal task loss: missing. {error}")
+            continue
+        relative = found.relative
+        rows.append(
+            [
+                name,
+                f"{found.task_loss:.4f}",
+                f"{found.reference:.4f}",
+                f"{found.method:.4f}",
+                f"{100 * relative.value:+.1f}% [{100 * relative.low:+.1f}, {100 * relative.high:+.1f}]",
+                f"{found.end_reference:.4f}",
+                f"{found.end_method:.4f}",
+            ]
+        )
+    if rows:
+        document.text(
+            f"At equal task loss, interpolated along each frontier: reduction of forgetting against `{reference[0]}` "
+            "(more is better), with its 95% interval over documents. It does not hold what another training seed would "
+            "change."
+        )
+        header = ["run", "at task loss", "forgetting of reference", "of run", "reduction"]
+        document.table([*header, "loss where reference ended", "where run ended"], rows)
+
+
+def _sharpness(document: Document, results: Sequence[Results]) -> None:
+    rows = []
+    for one in results:
+        row = [one.name]
+        for kind, key, error in (
+            ("kl", "value", "standard_error"),
+            ("sam", "value", None),
+            ("hessian", "trace", "trace_standard_error"),
+        ):
+            found = one.find(kind, one.base)
+            if not found:
+                row.append("missing")
+            else:
+                values = found[0]["result"]
+                row.append(f"{values[key]:.4g}" + (f" ± {_error(values[error])}" if error else ""))
+        rows.append(row)
+    if any(cell != "missing" for row in rows for cell in row[1:]):
+        document.heading("Sharpness of the base models")
+        document.table(["run", "KL under noise", "SAM sharpness", "Hessian trace"], rows)
+
+
+def _inflection(document: Document, results: Sequence[Results], budgets: Sequence[float]) -> None:
+    document.heading("Inflection point")
+    data = results[0].old[0]
+    curves = {"base": [], "tuned": []}
+    for budget, one in zip(budgets, results, strict=True):
+        curves["base"].append((budget, one.loss(one.base, data).loss))
+        curves["tuned"] += [(budget, one.loss(name, data).loss) for name in one.tuned]
+    rows = []
+    for kind, curve in curves.items():
+        try:
+            found = inflection_point(curve)
+        except ValueError as error:
+            rows.append([kind, "missing", str(error)])
+            continue
+        if found is None:
+            rows.append([kind, "none", "more pretraining never made it worse"])
+        else:
+            rows.append([kind, f"{found.budget:g}", f"the last checkpoint is worse by {found.degradation:.4f} nats"])
+    document.text(f"The pretraining budget beyond which the loss on {data} rises, the best tuned model at each budget.")
+    document.table(["models", "inflection at", ""], rows)
+
+
+def _change(value: float, reference: float) -> str:
+    return f"{100 * (value / reference - 1):+.1f}%" if reference > 0 else "reference lost nothing"

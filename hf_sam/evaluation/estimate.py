@@ -1,0 +1,62 @@
+"""A number with its interval, by the bootstrap over documents.
+
+Tokens of one document are not independent, so documents are what is drawn again (Efron 1979; percentile interval).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and the interval that holds it with probability `confidence`.
+
+    Attributes:
+        value (`float`): the estimate from all documents.
+        low, high (`float`): ends of the interval.
+        confidence (`float`): e.g. 0.95.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+    def __str__(self):
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+    def to_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {"value": self.value, "low": self.low, "high": self.high, "confidence": self.confidence}
+
+
+def resampled_counts(documents: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each document is drawn in each resample; shape `(resamples, documents)`, rows sum to `documents`."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(documents, np.full(documents, 1 / documents), size=resamples)
+
+
+def interval(value: float, resampled: np.ndarray, confidence: float) -> Estimate:
+    """The percentile interval of `resampled` values around `value`.
+
+    Raises:
+        ValueError: if `confidence` is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must be between 0 and 1, e.g. 0.95.")
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Estimate(float(value), float(low), float(high), confidence)
+
+
+def ratio_interval(
+    numerators: np.ndarray, denominators: np.ndarray, confidence: float, resamples: int, seed: int
+) -> Estimate:
+    """Sum of numerators over sum of denominators, both by document, with its interval."""
+    value = numerators.sum() / denominators.sum()
+    counts = resampled_counts(len(numerators), resamples, seed)
+    # A resample may draw documents without a token only.
+    drawn = counts @ denominators
+    ratios = np.divide(counts @ numerators, drawn, out=np.full(len(drawn), value), where=drawn > 0)
+    return interval(value, ratios, confidence)

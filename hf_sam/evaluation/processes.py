@@ -1,0 +1,79 @@
+"""What the measures ask of a run with several processes: who computes which batch, and sums over all of them.
+
+Without Accelerate's state (a script, a notebook) there is one process; a measure never sets up a process group.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from accelerate.state import PartialState
+from transformers.utils import logging
+
+T = TypeVar("T")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Index of this process, and number of processes that share the measuring out between them."""
+    if not PartialState._shared_state:
+        return 0, 1
+    state = PartialState()
+    return state.process_index, state.num_processes
+
+
+def share(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Every world-th batch, and whether it counts.
+
+    All ranks get as many batches, since sharded models communicate in every forward pass; where the last round has
+    none for a rank, it computes another rank's batch, and must not count it.
+    """
+    rank, world = rank_and_world()
+    batches = iter(batches)
+    while one_each := list(islice(batches, world)):
+        mine = rank < len(one_each)
+        yield one_each[rank if mine else 0], mine
+
+
+def total(values: np.ndarray) -> np.ndarray:
+    """Elementwise sum over all processes, in the precision of `values`."""
+    if rank_and_world()[1] == 1:
+        return values
+    return total_tensor(torch.from_numpy(values).to(PartialState().device)).cpu().numpy()
+
+
+def total_tensor(value: torch.Tensor) -> torch.Tensor:
+    """Elementwise sum over all processes, on the device of `value`, which may be overwritten."""
+    if rank_and_world()[1] == 1:
+        return value
+    from accelerate.utils import reduce
+
+    return reduce(value, reduction="sum")
+
+
+def largest(value: int) -> int:
+    """The largest value of any process."""
+    if rank_and_world()[1] == 1:
+        return value
+    from accelerate.utils import gather_object
+
+    return max(gather_object([value]))
+
+
+# Bars of measures inside of measures: the outermost two are shown.
+_SHOWN = 2
+_open_bars = 0
+
+
+def progress(iterable: Iterable[T], description: str, length: int | None = None) -> Iterator[T]:
+    """A progress bar on the main process, unless `transformers.utils.logging.disable_progress_bar` turned bars off."""
+    global _open_bars
+    if rank_and_world()[0] != 0 or _open_bars >= _SHOWN:
+        yield from iterable
+        return
+    _open_bars += 1
+    try:
+        yield from logging.tqdm(iterable, desc=description, total=length, leave=False)
+    finally:
+        _open_bars -= 1

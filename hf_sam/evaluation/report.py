@@ -1,0 +1,311 @@
+"""Reports: what one evaluation found, and how several compare. Everything comes from `results.json`.
+
+Every comparison shows what was lost, and where it ended: a model that had less to lose may well end worse.
+"""
+
+import json
+from pathlib import Path
+
+from .benchmarks import BenchmarkResult, score_change
+from .document import Document
+from .frontier import TunedRun
+from .loss import HeldOutLoss, forgetting
+from .plots import plot_layers, plot_line, plot_noise, plot_plane
+
+
+class Results:
+    """The record of one evaluation.
+
+    Args:
+        record (`dict`): what `evaluate` returned, or `results.json` holds.
+    """
+
+    def __init__(self, record: dict):
+        self.record = record
+        self.name: str = record["name"]
+        self.models: list[str] = [model["name"] for model in record["models"]]
+        self.base, *self.tuned = self.models
+        self.old = [data["name"] for data in record["data"] if data["role"] == "old"]
+        self.tasks = [data["name"] for data in record["data"] if data["role"] == "task"]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Results":
+        """Those that an evaluation left in a folder.
+
+        Raises:
+            ValueError: if there are none, or they are not from this library.
+        """
+        path = Path(folder) / "results.json"
+        if not path.is_file():
+            raise ValueError(
+                f"There is no {str(path)!r}: `hf-sam evaluate --output {folder}` writes it when it is through."
+            )
+        try:
+            return cls(json.loads(path.read_text(encoding="utf-8")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is not the record of an evaluation: {error!r}.") from error
+
+    def find(self, part: str, model: str | None = None, variant: str = "", data: str | None = None) -> list[dict]:
+        """Records of a part, of one model and dataset or of all."""
+        return [
+            record
+            for record in self.record["parts"]
+            if record["part"] == part
+            and record["variant"] == variant
+            and model in (None, record["model"])
+            and data in (None, record["data"])
+        ]
+
+    def loss(self, model: str, data: str, variant: str = "") -> HeldOutLoss:
+        """Held-out loss of a model on a dataset."""
+        (record,) = self.find("loss", model, variant, data)
+        return HeldOutLoss.from_dict(record["result"])
+
+    def benchmarks(self, model: str, variant: str = "") -> dict[str, BenchmarkResult]:
+        """Benchmark results of a model by task; none if none were asked for."""
+        found = self.find("benchmarks", model, variant)
+        if not found:
+            return {}
+        return {
+            task: BenchmarkResult(**{k: v for k, v in values.items() if k != "standard_error"})
+            for task, values in found[0]["result"].items()
+        }
+
+    def sweep(self) -> list[TunedRun]:
+        """The tuned models as runs of a sweep, on the first old and the first task data; empty without the latter."""
+        if not self.tasks:
+            return []
+        before = self.loss(self.base, self.old[0])
+        return [
+            TunedRun(name, before, self.loss(name, self.old[0]), self.loss(name, self.tasks[0])) for name in self.tuned
+        ]
+
+
+def write_report(record: dict, folder: str | Path) -> tuple[Path, Path]:
+    """Write `report.md`, its pictures and the self-contained `report.html` of one evaluation.
+
+    Returns:
+        `tuple[Path, Path]`: the paths of the two reports.
+    """
+    return evaluation_report(Results(record)).write(folder)
+
+
+def evaluation_report(results: Results) -> Document:
+    """The report of one evaluation."""
+    document = Document(f"Evaluation: {results.name}")
+    setup(document, results)
+    losses(document, results)
+    interpolations(document, results)
+    quantization(document, results)
+    benchmarks(document, results)
+    sharpness(document, results)
+    landscapes(document, results)
+    similarity(document, results)
+    return document
+
+
+def setup(document: Document, results: Results) -> None:
+    """What was measured on what, with which versions."""
+    environment = dict(results.record["environment"])
+    command = " ".join(environment.pop("command"))
+    document.text(f"{results.record['created']}, by `{command}`.")
+    document.table(
+        ["model", "named as", "weights (hash)"],
+        [[m["name"], m["spec"], m["fingerprint"]] for m in results.record["models"]],
+    )
+    document.table(
+        ["data", "role", "documents", "tokens", "hash"],
+        [
+            [d["name"], d["role"], str(d["documents"]), str(d["tokens"]), d["fingerprint"]]
+            for d in results.record["data"]
+        ],
+    )
+    document.text("; ".join(f"{name} {_short(value)}" for name, value in environment.items()) + ".")
+
+
+def losses(document: Document, results: Results) -> None:
+    """Held-out losses and forgetting."""
+    document.heading("Held-out loss and forgetting")
+    if results.tuned:
+        document.text(
+            "Nats per token: the sum of the losses of all tokens over their number. Forgetting is the loss on old data "
+            "after minus before; in brackets the 95% bootstrap interval over documents."
+        )
+    rows = []
+    for data in (*results.old, *results.tasks):
+        before = results.loss(results.base, data)
+        role = "old" if data in results.old else "task"
+        rows.append([data, role, results.base, f"{before.loss:.4f}", f"{before.perplexity:.2f}", ""])
+        for name in results.tuned:
+            after = results.loss(name, data)
+            change = str(forgetting(before, after))
+            rows.append([data, role, name, f"{after.loss:.4f}", f"{after.perplexity:.2f}", change])
+    document.table(["data", "role", "model", "loss", "perplexity", "change"], rows)
+
+
+def interpolations(document: Document, results: Results) -> None:
+    """Wise-FT."""
+    alphas = results.record["settings"]["wise_ft"]
+    if not alphas or not results.tuned:
+        return
+    document.heading("Wise-FT: part of the way from base to tuned model")
+    sets = (*results.old, *results.tasks)
+    rows = []
+    for name in results.tuned:
+        for alpha in alphas:
+            found = [results.loss(name, data, f"wise-ft {alpha:g}").loss for data in sets]
+            rows.append([name, f"{alpha:g}", *(f"{loss:.4f}" for loss in found)])
+    document.table(["model", "alpha", *(f"loss on {data}" for data in sets)], rows)
+
+
+def quantization(document: Document, results: Results) -> None:
+    """Damage of quantization."""
+    schemes = results.record["settings"]["quantize"]
+    if not schemes:
+        return
+    document.heading("Quantization")
+    document.text(
+        "Damage is the loss after quantization minus before. Bits are per quantized weight, scales included; "
+        "embeddings and output layer stay in full precision. `rtn` is simulated rounding in groups of 128."
+    )
+    rows = []
+    for scheme in schemes:
+        for name in results.models:
+            (proof,) = results.find("quantized", name, scheme)
+            for data in results.old:
+                before, after = results.loss(name, data), results.loss(name, data, scheme)
+                bits = f"{proof['result']['bits']:.2f}"
+                rows.append(
+                    [
+                        scheme,
+                        bits,
+                        name,
+                        data,
+                        f"{before.loss:.4f}",
+                        f"{after.loss:.4f}",
+                        str(forgetting(before, after)),
+                    ]
+                )
+    document.table(["scheme", "bits", "model", "data", "before", "after", "damage"], rows)
+
+
+def benchmarks(document: Document, results: Results) -> None:
+    """Scores, and their changes by fine-tuning and by quantization."""
+    before = results.benchmarks(results.base)
+    if not before:
+        return
+    document.heading("Benchmarks")
+    document.text(
+        "Scores of lm-evaluation-harness in per cent; in brackets the change against the base, or of a quantized model "
+        "against the same one in full precision, with its 95% bootstrap interval over examples."
+    )
+    columns = [(results.base, "", None)]
+    columns += [(name, "", before) for name in results.tuned]
+    for scheme in results.record["settings"]["quantize"]:
+        columns += [(name, scheme, results.benchmarks(name)) for name in results.models]
+    rows = []
+    for task in before:
+        row = [task, before[task].metric]
+        for name, variant, reference in columns:
+            result = results.benchmarks(name, variant)[task]
+            change = f" ({_percent(score_change(reference[task], result))})" if reference else ""
+            row.append(f"{100 * result.value:.1f}{change}")
+        rows.append(row)
+    document.table(["task", "metric", *(f"{name} {variant}".strip() for name, variant, _ in columns)], rows)
+
+
+def sharpness(document: Document, results: Results) -> None:
+    """All sharpness measures."""
+    kinds = results.record["settings"]["sharpness"]
+    if not kinds:
+        return
+    document.heading("Sharpness")
+    rows = []
+    for name in results.models:
+        found = {kind: results.find(kind, name)[0]["result"] for kind in kinds}
+        row = [name]
+        if "kl" in found:
+            row.append(f"{found['kl']['value']:.3e} ± {_error(found['kl']['standard_error'])}")
+        if "sam" in found:
+            row.append(f"{found['sam']['value']:.5f}")
+        if "hessian" in found:
+            spectrum = found["hessian"]
+            row.append(f"{spectrum['eigenvalues'][0]:.3f} ± {_error(spectrum['residuals'][0])}")
+            row.append(f"{spectrum['trace']:.1f} ± {_error(spectrum['trace_standard_error'])}")
+        rows.append(row)
+    rho = results.record["settings"]["sam_rho"]
+    titles = {
+        "kl": ["KL under noise of 1e-5"],
+        "sam": [f"SAM sharpness, rho {rho:g}"],
+        "hessian": ["top Hessian eigenvalue", "Hessian trace"],
+    }
+    if set(kinds) - {"noise"}:
+        document.text(
+            "The KL divergence between next-token distributions without and with noise (nats per token; ± standard "
+            "error over noise samples), growth of the loss at the worst point of radius rho, largest eigenvalue (± residual) "
+            "and trace (± standard error) of the Hessian of the loss."
+        )
+        document.table(["model", *(title for kind in titles if kind in kinds for title in titles[kind])], rows)
+    if "noise" in kinds:
+        measured = {name: results.find("noise", name)[0]["result"] for name in results.models}
+        document.figure("noise", plot_noise(measured), "Growth of the loss under noise in proportion to each layer")
+
+
+def landscapes(document: Document, results: Results) -> None:
+    """Lines and planes."""
+    kinds = results.record["settings"]["landscape"]
+    if not kinds:
+        return
+    document.heading("Loss landscape")
+    if "line" in kinds:
+        lines = {name: results.find("line", name)[0]["result"] for name in results.tuned}
+        document.figure("line", plot_line(lines), "Loss from base to tuned, and its second-order Taylor expansion")
+        document.table(
+            ["model", "distance", "slope at base", "curvature at base", "barrier"],
+            [
+                [name, *(f"{line[key]:.4g}" for key in ("distance", "slope", "curvature", "barrier"))]
+                for name, line in lines.items()
+            ],
+        )
+    for record in results.find("plane"):
+        document.figure(
+            "plane", plot_plane(record["result"]), f"Loss on the plane through {results.base}, {record['model']}"
+        )
+    if "random" in kinds:
+        for name in results.models:
+            plane = results.find("random plane", name)[0]["result"]
+            document.figure(f"random_{name}", plot_plane(plane), f"Loss along random directions around {name}")
+
+
+def similarity(document: Document, results: Results) -> None:
+    """Distance from the base by layer."""
+    if not results.record["settings"]["similarity"] or not results.tuned:
+        return
+    document.heading("Distance from the base")
+    found = {name: results.find("similarity", name)[0]["result"] for name in results.tuned}
+    angles = {name: values["mean_principal_angles"] for name, values in found.items()}
+    document.figure("principal_angles", plot_layers(angles, "mean principal angle (degrees)"), "Hidden states by layer")
+    ckas = {name: values["cka"] for name, values in found.items()}
+    document.figure("cka", plot_layers(ckas, "linear CKA"), "Hidden states by layer: 1 is equal up to rotation")
+    layers = [layer["layer"] for layer in next(iter(found.values()))["weights"]]
+    rows = []
+    for index, layer in enumerate(layers):
+        weights = [values["weights"][index] for values in found.values()]
+        rows.append([layer, *(f"{w['distance']:.4g} ({_share(w['relative'])})" for w in weights)])
+    document.table(["weights", *(f"distance of {name}" for name in found)], rows)
+
+
+def _short(value) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def _error(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1e}"
+
+
+def _share(value: float | None) -> str:
+    return "from zero" if value is None else f"{100 * value:.2f}%"
+
+
+def _percent(change) -> str:
+    return f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"

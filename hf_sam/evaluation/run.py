@@ -1,0 +1,343 @@
+"""An evaluation from beginning to end: check everything, measure part by part, write the record.
+
+Models are loaded one after the other and only if a part of theirs is missing. Nothing is measured before all models,
+data, tasks and packages are known to be there.
+"""
+
+import contextlib
+import gc
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..baselines.wise_ft import wise_ft
+from .benchmarks import check_tasks, run_benchmarks
+from .data import HeldOutData
+from .hessian import hessian_spectrum
+from .landscape import loss_along_line, loss_on_plane, loss_on_random_plane
+from .loss import held_out_loss
+from .noise import noise_kl, noise_sensitivity
+from .processes import rank_and_world
+from .quantization import quantized
+from .requirements import need
+from .settings import EvaluationArguments
+from .sharpness import sam_sharpness
+from .similarity import representation_similarity, weight_distance
+from .sources import ModelSource, check_same_tokens, find_model, load_held_out, with_distinct_names
+from .store import PartStore, write_json
+
+_PACKAGES = ("hf-sam", "torch", "transformers", "accelerate", "bitsandbytes", "peft", "datasets", "lm-eval", "scipy")
+
+
+def evaluate(settings: EvaluationArguments) -> dict:
+    """Measure what the settings ask for; returns what `results.json` in the output folder holds.
+
+    Under several processes (`accelerate launch`), batches are shared out between them, and the first one writes.
+
+    Raises:
+        ValueError, OSError, ImportError: before anything is measured, if something that it needs is not there.
+    """
+    return Evaluation(settings).run()
+
+
+class Evaluation:
+    """One evaluation; see [`evaluate`]."""
+
+    def __init__(self, settings: EvaluationArguments):
+        self.settings = settings
+        self.started = time.time()
+        self.device = _device(settings.device)
+        self.dtype = getattr(torch, settings.dtype)
+        self._check_packages()
+        self.store = PartStore(settings.output)
+        self.sources = with_distinct_names([find_model(spec) for spec in (settings.base, *settings.tuned)])
+        self.base, *self.tuned = self.sources
+        self.tokenizer = self.base.tokenizer()
+        for source in self.tuned:
+            check_same_tokens(self.tokenizer, source.tokenizer(), source.name)
+        self.data = self._load(settings.data, settings.data_column)
+        self.task_data = self._load(settings.task_data, settings.task_column or settings.data_column)
+        if both := self.data.keys() & self.task_data.keys():
+            raise ValueError(f"--data and --task_data both have a {both.pop()!r}; give them names: NAME=PATH.")
+        first = next(iter(self.data.values()))
+        self.sharpness_data = first.first(settings.sharpness_documents)
+        if settings.tasks:
+            check_tasks(settings.tasks, settings.task_folder or None)
+        self._models: dict[str, torch.nn.Module] = {}
+
+    def _check_packages(self):
+        need("datasets", "An evaluation")
+        need("scipy", "An evaluation")
+        need("matplotlib", "The report of an evaluation")
+        if any(not scheme.startswith("rtn") for scheme in self.settings.quantize):
+            need("bitsandbytes", "--quantize")
+
+    def _load(self, specs: list[str], column: str) -> dict[str, HeldOutData]:
+        settings = self.settings
+        loaded: dict[str, HeldOutData] = {}
+        for spec in specs:
+            name, data = load_held_out(
+                spec,
+                self.tokenizer,
+                column=column,
+                split=settings.data_split or None,
+                max_documents=settings.max_documents,
+                max_length=settings.max_length,
+            )
+            if name in loaded:
+                raise ValueError(f"The data {name!r} is named twice; give the sets names: NAME=PATH.")
+            loaded[name] = data
+        return loaded
+
+    def run(self) -> dict:
+        """All parts, then the record."""
+        for source in self.sources:
+            self._measure(source)
+        if "plane" in self.settings.landscape:
+            self._plane()
+        record = self.record()
+        if rank_and_world()[0] == 0:
+            write_json(Path(self.settings.output) / "results.json", record)
+        return record
+
+    def _measure(self, source: ModelSource):
+        settings = self.settings
+        about = {"model": source.name}
+        with self._kept_while_in_use():
+            self._losses_and_benchmarks(about, source, "", {}, self._plain(source))
+            for kind in settings.sharpness:
+                self._sharpness(about, source, kind)
+            if "random" in settings.landscape:
+                self._part(
+                    {"part": "random plane", **about},
+                    {**_weights(source), **_documents(self.sharpness_data), "seed": settings.seed},
+                    lambda: loss_on_random_plane(
+                        self._model(source), self.sharpness_data, seed=settings.seed, batch_size=settings.batch_size
+                    ).to_dict(),
+                )
+            if source is not self.base:
+                self._compared_with_base(about, source)
+                for alpha in settings.wise_ft:
+                    variant, depends = f"wise-ft {alpha:g}", {"base": self.base.fingerprint}
+                    self._losses_and_benchmarks(about, source, variant, depends, self._interpolated(source, alpha))
+            for scheme in settings.quantize:
+                self._losses_and_benchmarks(about, source, scheme, {}, self._quantized(source, scheme))
+
+    def _losses_and_benchmarks(self, about: dict, source: ModelSource, variant: str, extra: dict, opened: Callable):
+        """Held-out losses and benchmarks of one variant of a model; `opened()` is the context to measure it in."""
+        settings = self.settings
+        about = {**about, "variant": variant}
+        depends = {**_weights(source), "dtype": settings.dtype, **extra}
+        measures: list[tuple[dict, dict, Callable]] = []
+        if variant in settings.quantize:
+            proof = lambda model, made_of: {**vars(made_of), "bits": made_of.bits}  # noqa: E731
+            measures.append(({"part": "quantized", **about}, depends, proof))
+        for name, data in (self.data | self.task_data).items():
+            loss = lambda model, made_of, data=data: self._loss(model, data)  # noqa: E731
+            measures.append(({"part": "loss", **about, "data": name}, depends | _documents(data), loss))
+        if settings.tasks:
+            asked = {"tasks": settings.tasks, "shots": settings.num_fewshot, "limit": settings.benchmark_limit}
+            asked |= {"folder": settings.task_folder, "seed": settings.seed}
+            measures.append(
+                ({"part": "benchmarks", **about}, depends | asked, lambda model, made_of: self._benchmarks(model))
+            )
+        if all(self.store.has(*_complete(*measure[:2])) for measure in measures):
+            opened = lambda: contextlib.nullcontext((None, None))  # noqa: E731
+        with opened() as (model, made_of):
+            for what, on, measure in measures:
+                self._part(what, on, lambda measure=measure: measure(model, made_of))
+
+    def _loss(self, model, data: HeldOutData) -> dict:
+        return held_out_loss(model, data, batch_size=self.settings.batch_size).to_dict()
+
+    def _benchmarks(self, model) -> dict:
+        settings = self.settings
+        results = run_benchmarks(
+            model,
+            self.tokenizer,
+            settings.tasks,
+            num_fewshot=settings.num_fewshot,
+            batch_size=settings.batch_size,
+            limit=settings.benchmark_limit or None,
+            include_path=settings.task_folder or None,
+            seed=settings.seed,
+        )
+        return {task: result.to_dict() for task, result in results.items()}
+
+    def _sharpness(self, about: dict, source: ModelSource, kind: str):
+        settings = self.settings
+        depends = {**_weights(source), **_documents(self.sharpness_data), "seed": settings.seed}
+        common = {"batch_size": settings.batch_size}
+        measures = {
+            "kl": lambda model, data: noise_kl(model, data, seed=settings.seed, **common),
+            "noise": lambda model, data: noise_sensitivity(model, data, seed=settings.seed, **common),
+            "sam": lambda model, data: sam_sharpness(model, data, rho=settings.sam_rho, **common),
+            "hessian": lambda model, data: hessian_spectrum(model, data, seed=settings.seed, **common),
+        }
+        if kind == "sam":
+            depends["rho"] = settings.sam_rho
+        self._part(
+            {"part": kind, **about}, depends, lambda: measures[kind](self._model(source), self.sharpness_data).to_dict()
+        )
+
+    def _compared_with_base(self, about: dict, source: ModelSource):
+        settings = self.settings
+        depends = {**_weights(source), "base": self.base.fingerprint, **_documents(self.sharpness_data)}
+        common = {"batch_size": settings.batch_size}
+        if "line" in settings.landscape:
+            self._part(
+                {"part": "line", **about},
+                depends,
+                lambda: loss_along_line(
+                    self._model(self.base), self._model(source), self.sharpness_data, **common
+                ).to_dict(),
+            )
+        if settings.similarity:
+            self._part({"part": "similarity", **about}, depends, lambda: self._similarity(source))
+
+    def _similarity(self, source: ModelSource) -> dict:
+        base, tuned = self._model(self.base), self._model(source)
+        # The rank that the small models of a smoke test allow.
+        rank = min(10, base.config.hidden_size // 2)
+        hidden = representation_similarity(
+            base, tuned, self.sharpness_data, rank=rank, batch_size=self.settings.batch_size
+        )
+        return {**hidden.to_dict(), "weights": [vars(layer) for layer in weight_distance(base, tuned)]}
+
+    def _plane(self):
+        first, second = self.tuned[:2]
+        names = (self.base.name, first.name, second.name)
+        prints = [source.fingerprint for source in (self.base, first, second)]
+        with self._kept_while_in_use():
+            self._part(
+                {"part": "plane", "model": f"{first.name}, {second.name}"},
+                {"weights": prints, **_documents(self.sharpness_data)},
+                lambda: loss_on_plane(
+                    *(self._model(source) for source in (self.base, first, second)),
+                    self.sharpness_data,
+                    names=names,
+                    batch_size=self.settings.batch_size,
+                ).to_dict(),
+            )
+
+    # What a variant of a model is measured in: contexts that yield the model, and what it was quantized to.
+
+    def _plain(self, source: ModelSource) -> Callable:
+        return lambda: contextlib.nullcontext((self._model(source), None))
+
+    def _interpolated(self, source: ModelSource, alpha: float) -> Callable:
+        @contextlib.contextmanager
+        def opened():
+            sweep = wise_ft(self._model(self.base), self._model(source), [alpha])
+            with contextlib.closing(sweep):
+                yield next(sweep)[1], None
+
+        return opened
+
+    def _quantized(self, source: ModelSource, scheme: str) -> Callable:
+        @contextlib.contextmanager
+        def opened():
+            if scheme.startswith("rtn"):
+                with quantized(self._model(source), scheme) as pair:
+                    yield pair
+                return
+            self._free()
+            yield source.load_quantized(scheme, self.dtype, self.device)
+
+        return opened
+
+    def _part(self, about: dict, depends: dict, compute: Callable[[], dict]) -> dict:
+        return self.store.part(*_complete(about, depends), compute)
+
+    def _model(self, source: ModelSource) -> torch.nn.Module:
+        if source.name not in self._models:
+            self._models[source.name] = source.load(self.dtype, self.device)
+        return self._models[source.name]
+
+    @contextlib.contextmanager
+    def _kept_while_in_use(self):
+        try:
+            yield
+        finally:
+            self._free()
+
+    def _free(self):
+        self._models.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def record(self) -> dict:
+        """What `results.json` holds."""
+        settings = self.settings
+        return {
+            "name": settings.name or Path(settings.output).resolve().name,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "settings": settings.to_dict(),
+            "environment": environment(),
+            "models": [
+                {"name": s.name, "spec": s.spec, "fingerprint": s.fingerprint, "adapter": s.base is not None}
+                for s in self.sources
+            ],
+            "data": [
+                {
+                    "name": name,
+                    "role": "old" if name in self.data else "task",
+                    "fingerprint": data.fingerprint(),
+                    "documents": data.documents,
+                    "tokens": data.tokens,
+                }
+                for name, data in (self.data | self.task_data).items()
+            ],
+            "parts": self.store.records,
+        }
+
+
+def environment() -> dict:
+    """Versions and hardware that the figures belong to."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    accelerators = []
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        module = torch.get_device_module(kind)
+        names = getattr(module, "get_device_name", lambda index: kind)
+        accelerators = [names(index) for index in range(torch.accelerator.device_count())]
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "accelerators": accelerators,
+        "processes": rank_and_world()[1],
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **versions,
+    }
+
+
+def _weights(source: ModelSource) -> dict:
+    return {"weights": source.fingerprint}
+
+
+def _device(choice: str):
+    """The `device_map` to load models with."""
+    if choice:
+        return choice if choice == "auto" else {"": choice}
+    from accelerate.state import PartialState
+
+    return {"": PartialState().device}
+
+
+def _documents(data: HeldOutData) -> dict:
+    return {"documents": data.fingerprint()}
+
+
+def _complete(about: dict, depends: dict) -> tuple[dict, dict]:
+    return {"variant": "", "data": "", **about}, depends

@@ -1,0 +1,257 @@
+"""What the command line names: models and data, on the hub or on disk. Everything is checked before work begins."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .data import HeldOutData
+from .quantization import check_disk, load_quantized
+from .requirements import need
+
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this disk.
+
+    Attributes:
+        name (`str`): what the report calls it.
+        spec (`str`): as it was named.
+        folder (`Path`): where its files are.
+        base (`ModelSource` or `None`): for an adapter, the model that it belongs to.
+        fingerprint (`str`): hash of its weights, and of those of its base.
+    """
+
+    name: str
+    spec: str
+    folder: Path
+    base: "ModelSource | None"
+    fingerprint: str
+
+    def load(self, dtype: torch.dtype, device_map="cpu") -> torch.nn.Module:
+        """The model in evaluation mode, adapters merged into it."""
+        if self.base is None:
+            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, device_map=device_map).eval()
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(self.base.load(dtype, device_map), self.folder)
+        return model.merge_and_unload().eval()
+
+    def load_quantized(self, scheme: str, dtype: torch.dtype, device_map="cpu"):
+        """The quantized model, and the proof that it is."""
+        if self.base is None:
+            return load_quantized(self.folder, scheme, dtype=dtype, device_map=device_map)
+        from .quantization import saved
+
+        with saved(self.load(dtype)) as folder:
+            return load_quantized(folder, scheme, dtype=dtype, device_map=device_map)
+
+    def tokenizer(self):
+        """Its tokenizer, or that of the model under the adapter.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        has_one = any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+        if not has_one and self.base is not None:
+            return self.base.tokenizer()
+        if not has_one:
+            raise ValueError(
+                f"{self.spec!r} has no tokenizer. Save one into its folder: tokenizer.save_pretrained(...)."
+            )
+        return AutoTokenizer.from_pretrained(self.folder)
+
+
+def find_model(spec: str) -> ModelSource:
+    """The model that `spec` names: `[NAME=]FOLDER`, or `[NAME=]HUB/ID[@REVISION]`, which is downloaded if need be.
+
+    Raises:
+        ValueError: if it does not exist, or has no such revision.
+        OSError: if it cannot be downloaded, or there is no disk space for it.
+    """
+    name, place = _named(spec)
+    folder = Path(place) if os.path.isdir(place) else _download(place)
+    if (folder / "adapter_config.json").exists():
+        need("peft", f"The adapter {place!r}")
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        under = config.get("base_model_name_or_path") or ""
+        revision = config.get("revision")
+        try:
+            base = find_model(f"{under}@{revision}" if revision and not os.path.isdir(under) else under)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"The adapter {place!r} belongs to {under!r}, which was not found: {error}") from error
+    elif (folder / "config.json").exists():
+        base = None
+    else:
+        raise ValueError(f"{place!r} holds neither config.json nor adapter_config.json: it is not a model.")
+    fingerprint = _hash_of_files(folder)
+    if base is not None:
+        fingerprint = hashlib.sha256(f"{fingerprint} on {base.fingerprint}".encode()).hexdigest()[:16]
+    return ModelSource(name, place, folder, base, fingerprint)
+
+
+def with_distinct_names(sources: list[ModelSource]) -> list[ModelSource]:
+    """The same sources; where two would have one name, they are called by what they were named as.
+
+    Raises:
+        ValueError: if a model is named twice.
+    """
+    names = [source.name for source in sources]
+    sources = [s if names.count(s.name) == 1 else dataclasses.replace(s, name=s.spec) for s in sources]
+    names = [source.name for source in sources]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"The model {twice[0]!r} is named twice; give them names: NAME=PATH.")
+    return sources
+
+
+def check_same_tokens(base, tuned, name: str) -> None:
+    """Raises ValueError if two tokenizers give the base's tokens different numbers.
+
+    Tokens that were added to the tuned one (chat markers, padding) do no harm.
+    """
+    known, other = base.get_vocab(), tuned.get_vocab()
+    different = [token for token, number in known.items() if other.get(token) != number]
+    if different:
+        raise ValueError(
+            f"The tokenizers of the base and of {name!r} differ: {len(different)} of {len(known)} tokens of the base, "
+            f"such as {different[0]!r}, have another number or none. Losses per token of the two cannot be compared."
+        )
+
+
+def load_held_out(
+    spec: str,
+    tokenizer,
+    *,
+    column: str = "text",
+    split: str | None = None,
+    max_documents: int | None = None,
+    max_length: int = 1024,
+) -> tuple[str, HeldOutData]:
+    """The name and the tokens of the data that `spec` names.
+
+    Args:
+        spec (`str`): `[NAME=]PATH`, a file (.jsonl, .json, .csv, .parquet; .txt, where blank lines end documents) or a
+            folder, or `[NAME=]HUB/ID[:CONFIG][@REVISION]`.
+        split (`str`, *optional*): the split; test, validation or train, the first that there is, when omitted.
+        tokenizer, column, max_documents, max_length: see `HeldOutData.from_dataset`.
+
+    Raises:
+        ValueError: if there is no such data, split or column, or nothing in it.
+    """
+    need("datasets", "Held-out data")
+    name, place = _named(spec)
+    try:
+        data = HeldOutData.from_dataset(
+            _split_of(place, split, stream=max_documents is not None),
+            tokenizer,
+            column=column,
+            max_documents=max_documents,
+            max_length=max_length,
+        )
+    except ValueError as error:
+        raise ValueError(f"Data {place!r}: {error}") from error
+    return name, data
+
+
+def _split_of(place: str, split: str | None, stream: bool) -> Iterable:
+    import datasets
+
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+    if os.path.isfile(place):
+        suffix = Path(place).suffix
+        if suffix not in kinds:
+            raise ValueError(f"files end in one of {', '.join(kinds)}, not in {suffix!r}.")
+        if not os.path.getsize(place):
+            raise ValueError("the file is empty.")
+        options = {"sample_by": "paragraph"} if suffix == ".txt" else {}
+        splits = datasets.load_dataset(kinds[suffix], data_files=place, **options)
+    elif os.path.isdir(place) and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json")):
+        splits = datasets.load_from_disk(place)
+    else:
+        path, config, revision = (place, None, None) if os.path.isdir(place) else _hub_parts(place)
+        try:
+            # A stream of some documents instead of all of a corpus.
+            hub = {"revision": revision, "streaming": stream} if not os.path.isdir(place) else {}
+            splits = datasets.load_dataset(path, config, **hub)
+        except Exception as error:  # datasets has a dozen kinds for this
+            raise ValueError(f"it cannot be loaded: {type(error).__name__}: {error}") from error
+    if isinstance(splits, datasets.Dataset):
+        return splits
+    for choice in [split] if split else ["test", "validation", "train", *splits]:
+        if choice in splits:
+            return splits[choice]
+    raise ValueError(f"it has no split {split!r}, but {', '.join(splits)}.")
+
+
+def _hub_parts(place: str) -> tuple[str, str | None, str | None]:
+    path, _, revision = place.partition("@")
+    path, _, config = path.partition(":")
+    return path, config or None, revision or None
+
+
+def _named(spec: str) -> tuple[str, str]:
+    """`NAME=PLACE`, or a place that is its own name (the end of a path)."""
+    match = re.match(r"([\w .-]+)=(.+)", spec)
+    if match and not os.path.exists(spec):
+        return match[1], match[2]
+    path = Path(spec)
+    return (path.stem if path.is_file() else path.name) or spec, spec
+
+
+def _download(place: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo, _, revision = place.partition("@")
+    revision = revision or None
+    if place.count("/") > 1 or place.startswith((".", "~", "/")):
+        raise ValueError(f"There is no folder {place!r}.")
+    try:
+        if not HF_HUB_OFFLINE:
+            files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+            cached = {path.name for path in Path(HF_HUB_CACHE).glob(f"models--{repo.replace('/', '--')}/blobs/*")}
+            weights = [file for file in files if file.rfilename.endswith(".safetensors") and file.lfs]
+            missing = sum(file.size or 0 for file in weights if file.lfs.sha256 not in cached)
+            check_disk(HF_HUB_CACHE, missing, f"the download of {place!r} (set HF_HOME to another disk)")
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_WANTED)))
+    except RevisionNotFoundError as error:
+        raise ValueError(f"The model {repo!r} has no revision {revision!r} on the hub.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"There is no folder {place!r}, and no model {repo!r} on the hub that you may read."
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(f"There is no folder {place!r}, and it is no id of the hub: {error}") from error
+    except LocalEntryNotFoundError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(
+            f"There is no folder {place!r}, and the model {repo!r}{at} is not in the local cache; the hub cannot be "
+            "reached, or HF_HUB_OFFLINE is set."
+        ) from error
+
+
+def _hash_of_files(folder: Path) -> str:
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("pytorch_model*.bin")])
+    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+        raise ValueError(f"{str(folder)!r} holds no weights (*.safetensors).")
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,100 @@
+"""Results on disk, a file for each part, so that an interrupted evaluation goes on where it was.
+
+A part is known by a hash of everything that it depends on: weights, tokens, settings and the version of this library.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+
+from .. import __version__
+from .processes import rank_and_world
+from .quantization import check_disk
+
+# What a large evaluation writes: results of some thousand documents, and plots.
+_SPACE = 64 << 20
+
+
+class PartStore:
+    """Computes parts once, and keeps them in a folder.
+
+    Args:
+        folder (`str` or `Path`): made if need be.
+
+    Raises:
+        OSError: if the folder cannot be written to, or its disk is full.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder) / "parts"
+        self.records: list[dict] = []
+        if rank_and_world()[0] == 0:
+            check_disk(self.folder, _SPACE, f"an evaluation in {str(folder)!r}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".writable"
+            probe.write_text("")
+            probe.unlink()
+
+    def has(self, about: dict, depends: dict) -> bool:
+        """Whether a part is there already."""
+        return self._agreed(self._read(about, depends) is not None)
+
+    def part(self, about: dict, depends: dict, compute: Callable[[], dict]) -> dict:
+        """The result of a part, computed unless it is there.
+
+        Args:
+            about (`dict`): what it is, for the report: `part`, `model`, `variant`, `data`.
+            depends (`dict`): what it depends on besides, for its hash.
+            compute (`Callable`): makes the result, for JSON; called on all processes or on none.
+        """
+        record = self._agreed(self._read(about, depends))
+        if record is None:
+            started = time.perf_counter()
+            record = {**about, "result": compute(), "seconds": round(time.perf_counter() - started, 3)}
+            if rank_and_world()[0] == 0:
+                write_json(self._path(about, depends), record)
+                # As it will be read back: numbers that JSON cannot hold are None.
+                record = json.loads(self._path(about, depends).read_text(encoding="utf-8"))
+        self.records.append(record)
+        return record["result"]
+
+    def _path(self, about: dict, depends: dict) -> Path:
+        key = json.dumps([about, depends, __version__], sort_keys=True)
+        label = "-".join(str(about[name]) for name in ("part", "model", "variant", "data") if about.get(name))
+        readable = "".join(c if c.isalnum() or c in "-." else "_" for c in label)[:80]
+        return self.folder / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+
+    def _read(self, about: dict, depends: dict) -> dict | None:
+        path = self._path(about, depends)
+        if rank_and_world()[0] != 0 or not path.exists():
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @staticmethod
+    def _agreed(value):
+        # The disk of the first process decides for all.
+        if rank_and_world()[1] == 1:
+            return value
+        return broadcast_object_list([value])[0]
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write strict JSON, all of it or nothing; numbers that are not finite become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
