@@ -5,12 +5,12 @@ def with_rehearsal(new, old, share: float, *, seed: int = 0):
     """Fine-tuning data of which a share is old data.
 
     Datasets of known length keep every row of `new` once; as many random rows of `old` as make up the share are
-    added (without repetition), and all are shuffled. Streams are mixed at random in that proportion until `new` ends.
+    added (without repetition), and all are shuffled. Streams are mixed at random in that proportion until one ends.
 
     Args:
         new (`datasets.Dataset` or `datasets.IterableDataset`): the fine-tuning data.
-        old (`datasets.Dataset` or `datasets.IterableDataset`): data of the kind that the base model was trained on, with
-            the columns of `new`; a stream if `new` is one.
+        old (`datasets.Dataset` or `datasets.IterableDataset`): data of the kind that the base model was trained on,
+            with the columns of `new`; a stream if `new` is one.
         share (`float`): share of the examples that is old, from 0 to below 1.
         seed (`int`, defaults to 0): seed of the choice and of the order.
 

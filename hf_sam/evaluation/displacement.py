@@ -188,6 +188,6 @@ def check_noise_survives(model: torch.nn.Module, params: dict[str, torch.nn.Para
     if not (0.9 < kept < 1.1 and 0.9 < along < 1.1):
         raise ValueError(
             f"Noise of standard deviation {noise.deviation(name):.1e} does not survive in {dtype}: of {name!r}, "
-            f"rounding keeps {along:.2f} of it with {kept:.2f} of its squared length. Measure the model in fp32, e.g. loaded "
-            "with dtype=torch.float32."
+            f"rounding keeps {along:.2f} of it with {kept:.2f} of its squared length. Measure the model in fp32, "
+            "e.g. loaded with dtype=torch.float32."
         )

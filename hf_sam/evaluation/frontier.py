@@ -62,13 +62,21 @@ def forgetting_at(task_loss: float, points: Sequence[tuple[float, float]]) -> fl
     Raises:
         ValueError: if the frontier does not reach from above to below that loss: nothing is extrapolated.
     """
-    frontier = [points[i] for i in pareto_frontier(points)]
-    low, high = (frontier[0][0], frontier[-1][0]) if frontier else (float("nan"), float("nan"))
-    if not low <= task_loss <= high:
+    value = _interpolated(task_loss, points)
+    if value is None:
+        frontier = [points[i][0] for i in pareto_frontier(points)]
         raise ValueError(
-            f"The sweep does not span a task loss of {task_loss:.4f}: its frontier reaches from {low:.4f} to "
-            f"{high:.4f}. Add runs with other learning rates, or choose a loss in between."
+            f"The sweep does not span a task loss of {task_loss:.4f}: its frontier reaches from "
+            f"{min(frontier, default=np.nan):.4f} to {max(frontier, default=np.nan):.4f}. Add runs with other learning "
+            "rates, or choose a loss in between."
         )
+    return value
+
+
+def _interpolated(task_loss: float, points: Sequence[tuple[float, float]]) -> float | None:
+    frontier = [points[i] for i in pareto_frontier(points)]
+    if not frontier or not frontier[0][0] <= task_loss <= frontier[-1][0]:
+        return None
     losses, lost = zip(*frontier, strict=True)
     return float(np.interp(task_loss, losses, lost))
 
@@ -157,11 +165,8 @@ def forgetting_reduction(
     task_counts = resampled_counts(len(runs[0].task.document_tokens), resamples, seed + 1)
     drawn = [_resampled(sweep, old_counts, task_counts) for sweep in (reference, method)]
     for resample in range(resamples):
-        try:
-            a, b = (forgetting_at(task_loss, points[resample]) for points in drawn)
-        except ValueError:
-            continue
-        if a > 0:
+        a, b = (_interpolated(task_loss, points[resample]) for points in drawn)
+        if a is not None and b is not None and a > 0:
             ratios.append(1 - b / a)
     if not ratios:
         raise ValueError(
@@ -179,14 +184,14 @@ def _points(sweep: Sequence[TunedRun]) -> list[tuple[float, float]]:
     return [(run.task.loss, run.forgetting) for run in sweep]
 
 
-def _resampled(sweep: Sequence[TunedRun], old_counts: np.ndarray, task_counts: np.ndarray) -> np.ndarray:
-    """(task loss, forgetting) of each run in each resample; shape `(resamples, runs, 2)`."""
+def _resampled(sweep: Sequence[TunedRun], old_counts: np.ndarray, task_counts: np.ndarray) -> list[list]:
+    """(task loss, forgetting) of each run in each resample: a list of resamples of runs of two numbers."""
     points = []
     for run in sweep:
         growth = run.after.document_losses - run.before.document_losses
         task = task_counts @ run.task.document_losses / np.maximum(task_counts @ run.task.document_tokens, 1)
         points.append((task, old_counts @ growth / np.maximum(old_counts @ run.before.document_tokens, 1)))
-    return np.asarray(points).transpose(2, 0, 1)
+    return np.asarray(points).transpose(2, 0, 1).tolist()
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,19 @@ def load_quantized(
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, device_map=device_map, quantization_config=config, **kwargs
     )
+    if dtype == torch.float32:
+        _compute_in_fp32(model)
     return model, check_quantized(model, scheme)
+
+
+def _compute_in_fp32(model: torch.nn.Module) -> None:
+    """Turn off bitsandbytes' fast path on CPUs with AVX-512, which computes in bf16 whatever it is asked for.
+
+    Its rounding of activations is as large as what the rounding of weights does, and depends on the machine.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_scheme(scheme: str) -> None:

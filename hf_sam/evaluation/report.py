@@ -242,8 +242,8 @@ def sharpness(document: Document, results: Results) -> None:
     if set(kinds) - {"noise"}:
         document.text(
             "The KL divergence between next-token distributions without and with noise (nats per token; ± standard "
-            "error over noise samples), growth of the loss at the worst point of radius rho, largest eigenvalue (± residual) "
-            "and trace (± standard error) of the Hessian of the loss."
+            "error over noise samples), growth of the loss at the worst point of radius rho, largest eigenvalue "
+            "(± residual) and trace (± standard error) of the Hessian of the loss."
         )
         document.table(["model", *(title for kind in titles if kind in kinds for title in titles[kind])], rows)
     if "noise" in kinds:

@@ -60,7 +60,13 @@ def representation_similarity(
     layers: list[_Moments] = []
     with measuring(model) as first, measuring(other) as second:
         for batch, counts in shared_batches(data, batch_size, "hidden states"):
-            pairs = list(zip(_hidden_states(first, batch), _hidden_states(second, batch), strict=False))
+            states = _hidden_states(first, batch), _hidden_states(second, batch)
+            if len(states[0]) != len(states[1]):
+                raise ValueError(
+                    f"The models differ in depth: {len(states[0]) - 1} and {len(states[1]) - 1} layers. Only models of "
+                    "one architecture can be compared by layer."
+                )
+            pairs = list(zip(*states, strict=True))
             layers = layers or [_Moments() for _ in pairs]
             if counts:
                 for moments, (x, y) in zip(layers, pairs, strict=True):
