@@ -6,12 +6,13 @@ with one gradient a sequence. The square of a gradient over a batch is something
 size of the batch, and gradients of opposite sign cancel.
 """
 
+import copy
 from pathlib import Path
 
 import torch
 
 from ..backends.shards import check_whole
-from ..evaluation.data import Batch, batches_of
+from ..evaluation.data import Batch, HeldOutData, batches_of
 from ..evaluation.displacement import floating_parameters
 from ..evaluation.loss import IGNORED, counted_logits, token_losses
 from ..evaluation.measuring import measuring
@@ -53,7 +54,7 @@ def estimate_fisher(
         raise ValueError(f"labels={labels!r} must be 'data' or 'model'.")
     if isinstance(data, torch.utils.data.DataLoader):
         raise ValueError("The Fisher information needs single sequences: pass the dataset instead of a dataloader.")
-    rows = list(batches_of(data, batch_size=1))[:sequences]
+    rows = batches_of(_first(data, sequences), batch_size=1)
     with measuring(model, exact=True) as inner:
         params = floating_parameters(inner, parameters, "The Fisher information", trainable=True)
         check_precise(params, "The Fisher information")
@@ -69,6 +70,15 @@ def estimate_fisher(
                         if gradient is not None:
                             total.addcmul_(gradient, gradient, value=1 / len(rows))
         return {plain_name(name): total_tensor(value).cpu() for name, value in fisher.items()}
+
+
+def _first(data, sequences: int | None) -> HeldOutData:
+    """The first rows, in their order."""
+    if not isinstance(data, HeldOutData):
+        data = HeldOutData(data)
+    data = copy.copy(data)
+    data.rows = data.rows[:sequences]
+    return data
 
 
 def _sampled(model, row: Batch, seed: int, number: int) -> torch.Tensor:

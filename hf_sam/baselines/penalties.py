@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..backends.shards import is_sharded, local_piece, piece_of
 from ..parameters import plain_name
+from ..trainer import SAMMixin
 from .fisher import load_fisher
 
 
@@ -119,10 +120,15 @@ class _Penalty:
         if name not in self._placed:
             whole = [self.base[name], self.importance[name] if self.importance is not None else None]
             device = local_piece(param).device
-            pieces = [None if value is None else piece_of(value, param).to(device, torch.float32) for value in whole]
+            pieces = [
+                None if value is None else piece_of(value, param).to(device, torch.float32, copy=True)
+                for value in whole
+            ]
             self._placed[name] = tuple(pieces)
-            # What is needed from now on is the piece.
-            self.base[name] = self.base[name][:0]
+            # What is needed from now on is the piece; the whole would stay on the host of every rank.
+            self.base[name] = torch.empty(0)
+            if self.importance is not None:
+                self.importance[name] = torch.empty(0)
         return self._placed[name]
 
 
@@ -135,6 +141,7 @@ class _PenaltyMixin:
         super().__init__(*args, **kwargs)
         self._penalties: dict[str, _Penalty] = {}
         self._penalty_values: dict[str, torch.Tensor] = {}
+        self._penalty_step = -1
         # Each mixin brings one; a trainer may have both.
         for mixin in [cls for cls in type(self).__mro__ if "_penalty_name" in vars(cls)]:
             if (strength := mixin._penalty_strength(self)) > 0:
@@ -150,10 +157,24 @@ class _PenaltyMixin:
             )
 
     def _check_penalty_backend(self):
-        if self.is_deepspeed_enabled:
+        name = type(self).__name__
+        if self.is_deepspeed_enabled or self.accelerator.has_lomo_optimizer or "lomo" in str(self.args.optim).lower():
             raise ValueError(
-                f"{type(self).__name__} adds to the gradients after the backward pass, but DeepSpeed has stepped by "
-                "then. Use DDP or FSDP2, or set the strength of the penalty to 0."
+                f"{name} adds to the gradients after the backward pass, but DeepSpeed and the LOMO optimizers have "
+                "stepped by then. Use DDP or FSDP2 and another optimizer, or set the strength of the penalty to 0."
+            )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError(
+                f"{name} cannot see the weights in the flat parameters of FSDP1. Use FSDP2: "
+                f"fsdp_config={{'version': 2}}."
+            )
+        order = type(self).__mro__
+        behind = SAMMixin in order and order.index(SAMMixin) < order.index(_PenaltyMixin)
+        if behind and getattr(self.args, "sam_ascent_micro_batches", None) is not None:
+            raise ValueError(
+                f"With sam_ascent_micro_batches, the ascent pass of {name} sees part of the loss but the whole "
+                "penalty. Put the penalty in front of SAM: class MyTrainer(EWCMixin, SAMTrainer)."
             )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -165,11 +186,15 @@ class _PenaltyMixin:
     def _add_penalties(self, model) -> None:
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        # Behind SAM this is called in both passes; the first is the one at w.
+        first = self._penalty_step != self.state.global_step
+        self._penalty_step = self.state.global_step
         for name, penalty in self._penalties.items():
             value = penalty.add_gradient(model, scale)
-            if is_sharded(model):
+            if first and is_sharded(model):
                 value = self.accelerator.reduce(value, reduction="sum")
-            self._penalty_values[name] = value
+            if first:
+                self._penalty_values[name] = value
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:

@@ -4,6 +4,8 @@ The tasks and metrics are the harness's own: OLMES (arXiv 2406.08446) prescribes
 formats, which the harness does not have, so figures are comparable with each other, not with published OLMES ones.
 """
 
+import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ import torch
 
 from .estimate import Estimate, interval, resampled_counts
 from .measuring import device_of, measuring
-from .requirements import need
+from .processes import from_first
+from .requirements import MeasurementError, need
 
 OLMES_CORE_9 = (
     "arc_challenge",
@@ -75,7 +78,8 @@ def run_benchmarks(
 ) -> dict[str, BenchmarkResult]:
     """Run tasks of lm-evaluation-harness on a model in memory, quantized ones too.
 
-    Under several processes each runs all of it, since the harness shares out only models that it loads itself.
+    Under several processes each runs all of it, since the harness shares out only models that it loads itself, and all
+    get the results of the first.
 
     Args:
         model (`torch.nn.Module`): a causal language model.
@@ -97,14 +101,18 @@ def run_benchmarks(
 
     with measuring(model) as inner:
         wrapped = HFLM(
-            pretrained=inner, tokenizer=tokenizer, batch_size=batch_size, device=str(device_of(inner)), dtype=None
+            pretrained=inner,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            device=str(device_of(inner)),
+            dtype=None,
         )
         output = simple_evaluate(
             model=wrapped,
             tasks=names,
             num_fewshot=num_fewshot,
             limit=limit,
-            task_manager=_manager(include_path),
+            task_manager=_manager(*_where(tasks, include_path)),
             bootstrap_iters=0,
             log_samples=True,
             random_seed=seed,
@@ -112,7 +120,11 @@ def run_benchmarks(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    return {task: _result(task, output) for task in output["samples"]}
+    # The harness keeps its results to the first process of a machine.
+    results = from_first(None if output is None else {task: _result(task, output) for task in output["samples"]})
+    if results is None:
+        raise MeasurementError("The harness returned no results: is LOCAL_RANK set in a run of one process?")
+    return results
 
 
 def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> list[str]:
@@ -125,7 +137,7 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) ->
     need("lm_eval", "Benchmarks")
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"There is no folder {str(include_path)!r} with task files.")
-    known = set(_manager(include_path).all_tasks)
+    known = set(_manager(*_where(tasks, include_path)).all_tasks)
     missing = [task for task in tasks if task not in known]
     if missing or not tasks:
         raise ValueError(
@@ -152,13 +164,37 @@ def score_change(
         raise ValueError(f"The two runs of {before.task!r} have different examples or metrics.")
     change = np.asarray([after.scores[example] - value for example, value in before.scores.items()])
     counts = resampled_counts(len(change), resamples, seed)
-    return interval(change.mean(), counts @ change / len(change), confidence)
+    return interval(change.mean(), counts @ change / len(change), confidence, len(change))
 
 
-def _manager(include_path):
+def load_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
+    """Fetch the data of the tasks, so that what is missing is told before the long work.
+
+    Raises:
+        ValueError: if the data of a task cannot be loaded.
+    """
+    from lm_eval.tasks import get_task_dict
+
+    for task in tasks:
+        try:
+            get_task_dict([task], _manager(*_where(tasks, include_path)))
+        except Exception as error:  # of datasets, of the hub, of the task's own code
+            raise ValueError(
+                f"The data of the task {task!r} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _where(tasks: Sequence[str], include_path: str | Path | None) -> tuple[str | None, bool]:
+    """The folder of own tasks, and whether the harness's are needed, which take seconds to index."""
+    folder = None if include_path is None else str(include_path)
+    return folder, folder is None or not set(tasks) <= set(_manager(folder, False).all_tasks)
+
+
+@functools.cache
+def _manager(folder: str | None, with_defaults: bool):
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+    return TaskManager(include_path=folder, include_defaults=with_defaults)
 
 
 def _result(task: str, output: dict) -> BenchmarkResult:

@@ -1,7 +1,8 @@
 """The measures during training: callbacks for any [`~transformers.Trainer`].
 
 They measure at each evaluation of the host and at the end of training, log next to its metrics, and leave the run as it
-is: weights, gradients, random streams and modes are the same with and without them.
+is: weights, gradients, random streams and modes are the same with and without them. What they measure can choose the
+best model: `metric_for_best_model="forgetting/forgetting"`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,15 +27,17 @@ class _MeasuringCallback(TrainerCallback):
     def model(self):
         return self.trainer.model_wrapped
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self._once_a_step(state)
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._measured_at = state.global_step
+        values = self.measure()
+        self._log(values)
+        if metrics is not None:
+            # Under the names by which `metric_for_best_model` finds them.
+            metrics.update({f"eval_{name}": value for name, value in values.items()})
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._once_a_step(state)
-
-    def _once_a_step(self, state):
-        if state.global_step != self._measured_at:
-            self._measured_at = state.global_step
+        # The host has put other weights in place if it loaded the best model.
+        if state.global_step != self._measured_at or args.load_best_model_at_end:
             self._log(self.measure())
 
     def measure(self) -> dict[str, float]:
@@ -70,6 +73,7 @@ class ForgettingCallback(_MeasuringCallback):
         self._before: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._measured_at = -1
         names = [f"{prefix}/before" for prefix in self.data]
         logged = [entry for entry in state.log_history if all(name in entry for name in names)]
         if logged:
@@ -92,7 +96,7 @@ class ForgettingCallback(_MeasuringCallback):
 
 
 class SharpnessCallback(_MeasuringCallback):
-    """Logs the sharpness of the minimum at each evaluation and at the end of training.
+    """Logs the sharpness of the minimum before training, at each evaluation and at the end of training.
 
     Args:
         trainer (`transformers.Trainer`): the trainer that the callback is added to.
@@ -104,7 +108,7 @@ class SharpnessCallback(_MeasuringCallback):
         options: arguments of the measures by their names, e.g. `kl={"samples": 3}`.
 
     Raises:
-        ValueError: for an unknown measure.
+        ValueError: for an unknown measure; when training begins, if the model cannot be measured.
     """
 
     def __init__(
@@ -123,6 +127,11 @@ class SharpnessCallback(_MeasuringCallback):
         self.data = data
         self.measures = tuple(measures)
         self.options = options
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Also tells what cannot be measured before training begins instead of at its first evaluation.
+        self._measured_at = state.global_step
+        self._log(self.measure())
 
     def measure(self) -> dict[str, float]:
         """The values by the names under which they are logged."""

@@ -11,11 +11,12 @@ from transformers.utils import logging
 from .compare import write_comparison
 from .processes import rank_and_world
 from .report import Results, evaluation_report, write_report
+from .requirements import MeasurementError
 from .run import evaluate
 from .settings import EvaluationArguments
 
 # What the user can mend; anything else deserves its traceback.
-_EXPECTED = (ValueError, OSError, ImportError, MemoryError)
+_EXPECTED = (ValueError, OSError, ImportError, MemoryError, MeasurementError, FloatingPointError)
 
 
 class EvaluateParser(HfArgumentParser):
@@ -81,7 +82,7 @@ def report_main(argv: list[str]) -> int:
         prog="hf-sam report", description="Compare evaluations, the first of which is the reference."
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="output folders of hf-sam evaluate")
-    parser.add_argument("--output", default="comparison", help="folder of the report (default: comparison)")
+    parser.add_argument("--output", help="folder of the report (of one evaluation, its own; of several, comparison)")
     parser.add_argument(
         "--budgets",
         nargs="+",
@@ -92,9 +93,10 @@ def report_main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         if len(arguments.folders) == 1:
-            paths = evaluation_report(Results.read(arguments.folders[0])).write(arguments.output)
+            folder = arguments.folders[0]
+            paths = evaluation_report(Results.read(folder)).write(arguments.output or folder)
         else:
-            paths = write_comparison(arguments.folders, arguments.output, arguments.budgets)
+            paths = write_comparison(arguments.folders, arguments.output or "comparison", arguments.budgets)
     except _EXPECTED as error:
         print(f"hf-sam report: {error}", file=sys.stderr)
         return 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .document import Document
 from .frontier import forgetting_reduction, inflection_point
-from .loss import check_same_documents, forgetting
+from .loss import forgetting
 from .plots import plot_frontier
 from .report import Results, _error
 
@@ -63,8 +63,12 @@ def _check_comparable(reference: Results, other: Results) -> None:
                 f"{reference.name!r} was measured on the {kind} data {names[:1]}, {other.name!r} on {others[:1]}. "
                 "Evaluate them on the same data."
             )
-        for name in names[:1]:
-            check_same_documents(reference.loss(reference.base, name), other.loss(other.base, name))
+        prints = [{d["name"]: d["fingerprint"] for d in one.record["data"]} for one in (reference, other)]
+        if any(prints[0][name] != prints[1][name] for name in names[:1]):
+            raise ValueError(
+                f"The {kind} data {names[0]!r} of {reference.name!r} and {other.name!r} are not the same tokens. "
+                "Evaluate them on the same documents, with the same tokenizer, --max_documents and --max_length."
+            )
 
 
 def _bases(document: Document, results: Sequence[Results]) -> None:
@@ -136,16 +140,18 @@ def _fine_tuned(document: Document, results: Sequence[Results]) -> None:
                 f"{100 * relative.value:+.1f}% [{100 * relative.low:+.1f}, {100 * relative.high:+.1f}]",
                 f"{found.end_reference:.4f}",
                 f"{found.end_method:.4f}",
+                f"{100 * found.used:.0f}%",
             ]
         )
     if rows:
         document.text(
             f"At equal task loss, interpolated along each frontier: reduction of forgetting against `{reference[0]}` "
             "(more is better), with its 95% interval over documents. It does not hold what another training seed would "
-            "change."
+            "change, and is of the resamples whose sweeps span that task loss: little is known where they are few."
         )
         header = ["run", "at task loss", "forgetting of reference", "of run", "reduction"]
-        document.table([*header, "loss where reference ended", "where run ended"], rows)
+        header += ["loss where reference ended", "where run ended", "resamples that span it"]
+        document.table(header, rows)
 
 
 def _sharpness(document: Document, results: Sequence[Results]) -> None:
@@ -157,11 +163,10 @@ def _sharpness(document: Document, results: Sequence[Results]) -> None:
             ("sam", "value", None),
             ("hessian", "trace", "trace_standard_error"),
         ):
-            found = one.find(kind, one.base)
-            if not found:
+            values = one.result(kind, one.base)
+            if values is None or _sharpness_settings(one) != _sharpness_settings(results[0]):
                 row.append("missing")
             else:
-                values = found[0]["result"]
                 row.append(f"{values[key]:.4g}" + (f" ± {_error(values[error])}" if error else ""))
         rows.append(row)
     if any(cell != "missing" for row in rows for cell in row[1:]):
@@ -169,26 +174,42 @@ def _sharpness(document: Document, results: Sequence[Results]) -> None:
         document.table(["run", "KL under noise", "SAM sharpness", "Hessian trace"], rows)
 
 
+def _sharpness_settings(one: Results) -> tuple:
+    """What sharpness depends on besides the model; runs that differ in it cannot stand in one table."""
+    settings = one.record["settings"]
+    return settings["sam_rho"], settings["sharpness_documents"], settings["seed"]
+
+
 def _inflection(document: Document, results: Sequence[Results], budgets: Sequence[float]) -> None:
     document.heading("Inflection point")
     data = results[0].old[0]
-    curves = {"base": [], "tuned": []}
-    for budget, one in zip(budgets, results, strict=True):
-        curves["base"].append((budget, one.loss(one.base, data).loss))
-        curves["tuned"] += [(budget, one.loss(name, data).loss) for name in one.tuned]
+    document.text(
+        f"The pretraining budget beyond which the loss on {data} rises: of the base, and of the tuned model with the "
+        "lowest task loss at each budget (without task data, of the one that forgot least)."
+    )
     rows = []
-    for kind, curve in curves.items():
+    for kind, chosen in (("base", [one.base for one in results]), ("tuned", [_best_tuned(one) for one in results])):
+        losses = [None if name is None else one.loss(name, data) for one, name in zip(results, chosen, strict=True)]
+        known = {budget: loss for budget, loss in zip(budgets, losses, strict=True) if loss is not None}
         try:
-            found = inflection_point(curve)
+            found = inflection_point([(budget, loss.loss) for budget, loss in known.items()])
         except ValueError as error:
             rows.append([kind, "missing", str(error)])
             continue
         if found is None:
             rows.append([kind, "none", "more pretraining never made it worse"])
+            continue
+        worse = forgetting(known[found.budget], known[max(known)])
+        if worse.low <= 0:
+            rows.append([kind, "none", f"the rise after {found.budget:g} may be chance: {worse} nats"])
         else:
-            rows.append([kind, f"{found.budget:g}", f"the last checkpoint is worse by {found.degradation:.4f} nats"])
-    document.text(f"The pretraining budget beyond which the loss on {data} rises, the best tuned model at each budget.")
+            rows.append([kind, f"{found.budget:g}", f"the last checkpoint is worse by {worse} nats"])
     document.table(["models", "inflection at", ""], rows)
+
+
+def _best_tuned(one: Results) -> str | None:
+    data = (*one.tasks, *one.old)[0]
+    return min(one.tuned, key=lambda name: one.loss(name, data).loss, default=None)
 
 
 def _change(value: float, reference: float) -> str:

@@ -179,13 +179,19 @@ def batches_of(data, batch_size: int) -> "Iterable[Batch]":
         batch_size (`int`): rows a batch, for data that is not in batches.
 
     Raises:
-        ValueError: for a dataloader that accelerate prepared, whose ranks repeat rows to get even batches.
+        ValueError: for a dataloader that shuffles, or that accelerate prepared, whose ranks repeat rows to get even
+            batches.
     """
     if isinstance(data, HeldOutData):
         return data.batches(batch_size)
     if isinstance(data, list) and data and isinstance(data[0], Batch):
         return data
     if isinstance(data, torch.utils.data.DataLoader):
+        if isinstance(data.sampler, torch.utils.data.RandomSampler):
+            raise ValueError(
+                "A dataloader that shuffles has its documents in another order each time, so that they cannot be "
+                "compared or shared out over processes. Pass one with shuffle=False."
+            )
         if type(data).__module__.startswith("accelerate."):
             raise ValueError(
                 "A dataloader prepared by accelerate repeats rows where they do not divide evenly, which would count "
@@ -199,7 +205,10 @@ def shared_batches(data, batch_size: int, description: str) -> Iterator[tuple[Ba
     """The batches that this process computes, and whether they count, behind a progress bar: see `processes.share`."""
     batches = batches_of(data, batch_size)
     world = rank_and_world()[1]
-    length = -(-len(batches) // world) if hasattr(batches, "__len__") else None
+    try:
+        length = -(-len(batches) // world)
+    except TypeError:  # a dataloader over a stream
+        length = None
     yield from progress(share(batches), description, length)
 
 
@@ -214,7 +223,14 @@ class _LoaderBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
-        for inputs in self.loader:
+        # A new iterator draws a seed for its workers from the random stream, which belongs to the caller.
+        generator = self.loader.generator
+        state = (torch.get_rng_state(), None if generator is None else generator.get_state())
+        iterator = iter(self.loader)
+        torch.set_rng_state(state[0])
+        if generator is not None:
+            generator.set_state(state[1])
+        for inputs in iterator:
             batch = _from_loader(dict(inputs), first=count)
             count = int(batch.documents.max()) + 1
             yield batch
@@ -231,6 +247,9 @@ def _from_loader(inputs: dict, first: int) -> Batch:
     starts[torch.arange(len(ids)), real.int().argmax(dim=1)] = True  # also with padding on the left
     if "position_ids" in inputs:
         starts |= (inputs["position_ids"] == 0) & real
+        if real.all():
+            # transformers keeps packed documents apart by their positions, but only where no mask is given.
+            inputs.pop("attention_mask", None)
     # Numbered over all rows in reading order; padding belongs to no document that counts.
     documents = (starts.flatten().cumsum(0) - 1).reshape(ids.shape).clamp(min=0) + first
     return Batch(inputs=inputs, labels=labels.masked_fill(starts, IGNORED), documents=documents)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from ..backends.shards import check_at_hand, compute_dtype, local_piece, piece_of, reshard
 
@@ -35,6 +36,12 @@ def floating_parameters(
         names = f"{len(everything)} parameters, such as {next(iter(everything), None)!r}"
         problem = f"{pattern!r} matches none of them" if pattern else "none of them is trainable"
         raise ValueError(f"{what} has no weights to look at: of {names}, {problem}. Choose some with parameters=...")
+    elsewhere = [name for name, param in chosen.items() if param.is_meta]
+    if elsewhere:
+        raise ValueError(
+            f"{what} changes the weights in place, but {elsewhere[0]!r} ({len(elsewhere)} in all) is offloaded. "
+            "Load the whole model on one device."
+        )
     quantized = [name for name, param in chosen.items() if not param.is_floating_point()]
     if quantized:
         raise ValueError(
@@ -43,6 +50,11 @@ def floating_parameters(
         )
     check_at_hand(chosen, what)
     return chosen
+
+
+def transposed_weights(model: torch.nn.Module) -> set[str]:
+    """Names of the weights that are stored as `(inputs, outputs)`: those of GPT-2's kind of linear layer."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 def difference(end: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -121,7 +133,7 @@ class Displacement:
 
 
 class GaussianNoise:
-    """Independent Gaussian noise that depends on its seed and on the names of the weights, and on nothing else.
+    """Independent Gaussian noise that depends on its seed, the names of the weights, and the kind of device.
 
     So it is the same for all batches, and a sharded model gets the noise that the whole one would get.
 

@@ -3,6 +3,7 @@
 Tokens of one document are not independent, so documents are what is drawn again (Efron 1979; percentile interval).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,14 +38,16 @@ def resampled_counts(documents: int, resamples: int, seed: int) -> np.ndarray:
     return generator.multinomial(documents, np.full(documents, 1 / documents), size=resamples)
 
 
-def interval(value: float, resampled: np.ndarray, confidence: float) -> Estimate:
-    """The percentile interval of `resampled` values around `value`.
+def interval(value: float, resampled: np.ndarray, confidence: float, documents: int) -> Estimate:
+    """The percentile interval of `resampled` values around `value`; nan if there is but one document to draw.
 
     Raises:
         ValueError: if `confidence` is not between 0 and 1.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must be between 0 and 1, e.g. 0.95.")
+    if documents < 2:
+        return Estimate(float(value), math.nan, math.nan, confidence)
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Estimate(float(value), float(low), float(high), confidence)
@@ -59,4 +62,4 @@ def ratio_interval(
     # A resample may draw documents without a token only.
     drawn = counts @ denominators
     ratios = np.divide(counts @ numerators, drawn, out=np.full(len(drawn), value), where=drawn > 0)
-    return interval(value, ratios, confidence)
+    return interval(value, ratios, confidence, len(numerators))

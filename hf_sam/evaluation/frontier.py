@@ -172,7 +172,8 @@ def forgetting_reduction(
         raise ValueError(
             f"No resample of the documents spans a task loss of {task_loss:.4f}; choose one further inside."
         )
-    relative = interval(1 - lost[1] / lost[0], np.asarray(ratios), confidence)
+    documents = min(len(runs[0].before.document_tokens), len(runs[0].task.document_tokens))
+    relative = interval(1 - lost[1] / lost[0], np.asarray(ratios), confidence, documents)
     ends = [
         forgetting_at(task_loss, [(x, run.after.loss) for (x, _), run in zip(points, sweep, strict=True)])
         for points, sweep in zip(sweeps, (reference, method), strict=True)

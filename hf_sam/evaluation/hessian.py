@@ -7,10 +7,10 @@ Hutchinson's estimator on what the eigenvectors leave over, as in Hutch++ (arXiv
 
 import contextlib
 import math
-import os
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
 
 from ..backends.shards import check_whole
@@ -18,7 +18,8 @@ from .data import batches_of, shared_batches
 from .displacement import floating_parameters
 from .loss import count_tokens, summed_loss
 from .measuring import differentiable_twice, measuring
-from .processes import progress, total_tensor
+from .processes import largest, progress, rank_and_world, total_tensor
+from .requirements import MeasurementError, need
 from .sharpness import check_precise, only_trainable
 
 
@@ -153,7 +154,7 @@ def hessian_spectrum(
     Raises:
         ValueError: if weights are quantized, in 16 bits or sharded, or checkpointing is reentrant.
         MemoryError: if the host cannot hold the vectors.
-        RuntimeError: if an eigenvalue is not found to the tolerance.
+        MeasurementError: if an eigenvalue is not found to the tolerance.
     """
     if eigenvalues < 0 or probes < 0 or eigenvalues + probes == 0:
         raise ValueError(f"eigenvalues={eigenvalues} and probes={probes} must not be negative, nor both 0.")
@@ -166,8 +167,6 @@ def hessian_spectrum(
 
 
 def _top(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[np.ndarray, torch.Tensor, list[float]]:
-    from .requirements import need
-
     none = torch.zeros(hessian.size, 0, device=hessian.device, dtype=hessian.dtype)
     if count == 0:
         return np.zeros(0), none, []
@@ -192,7 +191,7 @@ def _top(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[np.
         try:
             values, vectors = eigsh(operator, k=count, which="LA", ncv=basis, tol=tolerance, v0=start)
         except ArpackNoConvergence as error:
-            raise RuntimeError(
+            raise MeasurementError(
                 f"Only {len(error.eigenvalues)} of {count} Hessian eigenvalues were found to a tolerance of "
                 f"{tolerance:g} in {hessian.products} products. Ask for fewer, or raise the tolerance."
             ) from error
@@ -220,11 +219,10 @@ def _trace(hessian: Hessian, values, vectors: torch.Tensor, probes: int, seed: i
 
 
 def _check_host_memory(needed: int) -> None:
-    try:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not told on this system
-        return
-    if needed > available:
+    needed *= rank_and_world()[1]  # most often on one host
+    available = psutil.virtual_memory().available
+    # All processes stop, or none.
+    if largest(int(needed > available)):
         raise MemoryError(
             f"The Lanczos vectors of these weights take {needed / 2**30:.1f} GiB on the host, of which "
             f"{available / 2**30:.1f} are free. Name fewer weights with parameters=..., or take the trace alone with "

@@ -8,8 +8,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..backends.shards import check_whole
 from .data import batches_of
-from .displacement import Displacement, GaussianNoise, Weights, difference, floating_parameters, weights_like
+from .displacement import (
+    Displacement,
+    GaussianNoise,
+    Weights,
+    difference,
+    floating_parameters,
+    transposed_weights,
+    weights_like,
+)
 from .hessian import Hessian
 from .loss import held_out_loss
 from .measuring import measuring
@@ -76,6 +85,7 @@ def loss_along_line(
     slope = curvature = None
     with measuring(model) as inner:
         params = floating_parameters(inner, None, "The loss along a line")
+        check_whole(params, "The loss along a line")
         ends = weights_like(other, params)
         if quadratic:
             slope, curvature = _taylor(inner, params, ends, data)
@@ -142,6 +152,7 @@ def loss_on_plane(
     data = list(batches_of(data, batch_size))
     with measuring(model) as inner:
         params = floating_parameters(inner, None, "The loss on a plane")
+        check_whole(params, "The loss on a plane")
         a, b = weights_like(first, params), weights_like(second, params)
         aa = ab = bb = 0.0
         for name, param in params.items():
@@ -168,7 +179,7 @@ def loss_on_random_plane(
 ) -> LossPlane:
     """Loss along two random filter-normalized directions (Li 2018, arXiv 1712.09913, section 4).
 
-    Each row of a weight matrix gets a random direction with the norm of that row; biases and norms stay.
+    The weights of each output of a matrix get a random direction of their own norm; biases and norms stay.
 
     Args:
         model (`torch.nn.Module`): the model at the origin; moved, and back in its place afterwards.
@@ -183,14 +194,15 @@ def loss_on_random_plane(
     data = list(batches_of(data, batch_size))
     with measuring(model) as inner:
         params = floating_parameters(inner, None, "The loss along random directions")
+        check_whole(params, "The loss along random directions")
         noises = [GaussianNoise(params, 1.0, hash_of(seed, axis)) for axis in (0, 1)]
         axis = tuple(float(value) for value in np.linspace(-radius, radius, steps))
+        transposed = transposed_weights(inner)
 
         def place(px: float, py: float) -> Callable:
             def moved(name: str, w: torch.Tensor) -> torch.Tensor:
-                for noise, distance in zip(noises, (px, py), strict=True):
-                    w = w + distance * filter_normalized(noise, name, w)
-                return w
+                first, second = (filter_normalized(noise, name, w, name in transposed) for noise in noises)
+                return w + px * first + py * second
 
             return moved
 
@@ -198,15 +210,19 @@ def loss_on_random_plane(
     return LossPlane(axis, axis, losses, {"model": (0.0, 0.0)})
 
 
-def filter_normalized(noise: GaussianNoise, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """A random direction whose rows have the norms of those of `weight`; zero for vectors."""
+def filter_normalized(noise: GaussianNoise, name: str, weight: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """A random direction whose filters (what makes one output) have the norms of those of `weight`; zero for vectors.
+
+    Args:
+        weight (`torch.Tensor`): shape `(..., outputs, inputs)`; `(inputs, outputs)` if `transposed`.
+    """
     if weight.dim() < 2:
         return torch.zeros_like(weight)
     direction = torch.empty_like(weight)
     noise.add(name, torch.zeros_like(weight), direction)
-    rows, target = direction.flatten(1), weight.flatten(1)
-    scale = target.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    return (rows * scale).view_as(weight)
+    inputs = 0 if transposed else -1
+    norms = [tensor.norm(dim=inputs, keepdim=True) for tensor in (weight, direction)]
+    return direction * (norms[0] / norms[1].clamp(min=1e-12))
 
 
 def _scan(model, params, data, x, y, place) -> tuple[tuple[float, ...], ...]:

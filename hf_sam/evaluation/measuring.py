@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..backends.shards import reshard
 from ..replay import RandomState
 
 
@@ -22,7 +23,9 @@ def measuring(model: torch.nn.Module, *, exact: bool = False) -> Iterator[torch.
     Yields:
         `torch.nn.Module`: the model without the containers that only matter in a backward pass (DDP, DeepSpeed).
     """
-    inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    # Compiled graphs would be compiled again for every shape, and hide what accelerate wraps.
+    inner = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+    reshard(inner)  # FSDP2 may have left gathered weights in place of its shards
     modes = [(module, module.training) for module in inner.modules()]
     state = RandomState.capture({param.device for param in inner.parameters()})
     wrapped = inner.__dict__.get("forward")
@@ -39,6 +42,7 @@ def measuring(model: torch.nn.Module, *, exact: bool = False) -> Iterator[torch.
             inner.forward = wrapped
         for module, training in modes:
             module.training = training
+        reshard(inner)
         state.restore()
 
 

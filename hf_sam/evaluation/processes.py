@@ -3,13 +3,14 @@
 Without Accelerate's state (a script, a notebook) there is one process; a measure never sets up a process group.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from transformers.utils import logging
 
 T = TypeVar("T")
@@ -30,10 +31,23 @@ def share(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
     none for a rank, it computes another rank's batch, and must not count it.
     """
     rank, world = rank_and_world()
+    if world > 1:
+        _check_data_parallel()
     batches = iter(batches)
     while one_each := list(islice(batches, world)):
         mine = rank < len(one_each)
         yield one_each[rank if mine else 0], mine
+
+
+def _check_data_parallel() -> None:
+    """Raises ValueError where several processes make up one model, and so need the same batches."""
+    parallelism = AcceleratorState._shared_state.get("parallelism_config")
+    for name in ("tp", "cp", "sp"):
+        if getattr(parallelism, f"{name}_enabled", False):
+            raise ValueError(
+                f"The measures share batches out over processes, which does not work with `{name}_size` > 1. Save the "
+                "model and measure it with `hf-sam evaluate`."
+            )
 
 
 def total(values: np.ndarray) -> np.ndarray:
@@ -61,9 +75,30 @@ def largest(value: int) -> int:
     return max(gather_object([value]))
 
 
+def from_first(value: T) -> T:
+    """The value of the first process, on all."""
+    if rank_and_world()[1] == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
 # Bars of measures inside of measures: the outermost two are shown.
 _SHOWN = 2
 _open_bars = 0
+_title = ""
+
+
+@contextlib.contextmanager
+def titled(title: str) -> Iterator[None]:
+    """Inside, progress bars begin with what is being measured."""
+    global _title
+    before, _title = _title, f"{title}: "
+    try:
+        yield
+    finally:
+        _title = before
 
 
 def progress(iterable: Iterable[T], description: str, length: int | None = None) -> Iterator[T]:
@@ -74,6 +109,6 @@ def progress(iterable: Iterable[T], description: str, length: int | None = None)
         return
     _open_bars += 1
     try:
-        yield from logging.tqdm(iterable, desc=description, total=length, leave=False)
+        yield from logging.tqdm(iterable, desc=_title + description, total=length, leave=False)
     finally:
         _open_bars -= 1

@@ -13,13 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from .displacement import Displacement
 from .estimate import Estimate
 from .loss import HeldOutLoss, forgetting, held_out_loss
-from .requirements import need
+from .requirements import MeasurementError, need
+
+# Share of the weight matrices that may stay in full precision, e.g. the kernels of short convolutions.
+_LEFT = 0.05
 
 BITSANDBYTES = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
 SCHEMES = (*BITSANDBYTES, "rtn4", "rtn3")
@@ -96,7 +100,7 @@ def quantization_damage(
 
     Raises:
         ValueError: for an unknown scheme, or a model that is quantized already.
-        RuntimeError: if quantization left a layer as it was.
+        MeasurementError: if quantization left a layer as it was.
         OSError: if there is no disk space for bitsandbytes' way through a saved model.
     """
     check_scheme(scheme)
@@ -112,8 +116,17 @@ def quantized(model: torch.nn.Module, scheme: str) -> Iterator[tuple[torch.nn.Mo
 
     bitsandbytes quantizes while it loads, so the model is saved to a temporary folder and loaded from it; rounding to
     nearest happens in the model itself, which gets its weights back at the end.
+
+    Raises:
+        ValueError: for an unknown scheme, a model with adapters, or one that is quantized already.
     """
     check_scheme(scheme)
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "A model with adapters is quantized without them. Merge them first: model.merge_and_unload(), on a copy if "
+            "the adapters are still needed."
+        )
     if not scheme.startswith("rtn"):
         dtype = next(param.dtype for param in model.parameters() if param.is_floating_point())
         device = next(param.device for param in model.parameters())
@@ -142,7 +155,7 @@ def load_quantized(
     Raises:
         ValueError: for an unknown scheme.
         ImportError: if bitsandbytes is missing.
-        RuntimeError: if loading left a layer in full precision.
+        MeasurementError: if loading left a layer in full precision.
     """
     check_scheme(scheme)
     if scheme.startswith("rtn"):
@@ -186,7 +199,7 @@ def check_quantized(model: torch.nn.Module, scheme: str) -> Quantized:
     """Say what bitsandbytes quantized in a model.
 
     Raises:
-        RuntimeError: if it is nothing, or not all linear layers (but the output layer), or by another scheme.
+        MeasurementError: if it is nothing, or not all linear layers (but the output layer), or by another scheme.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -217,12 +230,14 @@ def check_quantized(model: torch.nn.Module, scheme: str) -> Quantized:
                 if module.weight.nbytes != -(-count // 2):
                     problem = f"takes {module.weight.nbytes} bytes for {count} weights"
         if problem:
-            raise RuntimeError(f"Quantization to {scheme} failed silently: {name!r} {problem}.")
+            raise MeasurementError(f"Quantization to {scheme} failed silently: {name!r} {problem}.")
         layers, weights, bytes_after = layers + 1, weights + count, bytes_after + size
-    if not layers:
-        raise RuntimeError(
-            f"Quantization to {scheme} failed silently: {type(model).__name__} has no linear layer that bitsandbytes "
-            "could quantize. Use rtn4 or rtn3."
+    left = {name: param.numel() for name, param in quantizable(model) if param.is_floating_point()}
+    if sum(left.values()) > _LEFT * (weights + sum(left.values())):
+        raise MeasurementError(
+            f"Quantization to {scheme} failed silently: bitsandbytes left {sum(left.values())} of the weights of "
+            f"{type(model).__name__} in full precision, such as {next(iter(left))!r}, because they are in no linear "
+            "layer. Use rtn4 or rtn3."
         )
     return Quantized(scheme, layers, weights, 2 * weights, bytes_after)
 
@@ -255,7 +270,7 @@ def round_to_nearest(model: torch.nn.Module, bits: int, group_size: int = 128) -
 
     Raises:
         ValueError: if `bits` or `group_size` is out of range, or the model is quantized already.
-        RuntimeError: if the model has nothing to quantize, or keeps more values than it should.
+        MeasurementError: if the model has nothing to quantize, or keeps more values than it should.
     """
     if not 2 <= bits <= 8 or group_size < 1:
         raise ValueError(f"bits={bits} must be from 2 to 8, and group_size={group_size} positive.")
@@ -271,9 +286,11 @@ def round_to_nearest(model: torch.nn.Module, bits: int, group_size: int = 128) -
         size += -(-(param.numel() * bits + groups * (16 + bits)) // 8)
         first = matrix.reshape(-1, matrix.shape[-1])[0, :group_size]
         if len(first.unique()) > 2**bits:
-            raise RuntimeError(f"Rounding to {bits} bits failed: {name!r} holds {len(first.unique())} values a group.")
+            raise MeasurementError(
+                f"Rounding to {bits} bits failed: {name!r} holds {len(first.unique())} values a group."
+            )
     if not layers:
-        raise RuntimeError(f"{type(model).__name__} has no weight matrix to quantize besides its embeddings.")
+        raise MeasurementError(f"{type(model).__name__} has no weight matrix to quantize besides its embeddings.")
     return Quantized(f"rtn{bits}", layers, weights, 2 * weights, size)
 
 

@@ -56,6 +56,11 @@ class Results:
             and data in (None, record["data"])
         ]
 
+    def result(self, part: str, model: str) -> dict | None:
+        """Result of a part for a model; None if it could not be made."""
+        found = self.find(part, model)
+        return found[0]["result"] if found else None
+
     def loss(self, model: str, data: str, variant: str = "") -> HeldOutLoss:
         """Held-out loss of a model on a dataset."""
         (record,) = self.find("loss", model, variant, data)
@@ -101,6 +106,7 @@ def evaluation_report(results: Results) -> Document:
     sharpness(document, results)
     landscapes(document, results)
     similarity(document, results)
+    failures(document, results)
     return document
 
 
@@ -149,12 +155,16 @@ def interpolations(document: Document, results: Results) -> None:
     if not alphas or not results.tuned:
         return
     document.heading("Wise-FT: part of the way from base to tuned model")
+    document.text("Loss, and in brackets its change against the base with the 95% bootstrap interval.")
     sets = (*results.old, *results.tasks)
     rows = []
     for name in results.tuned:
         for alpha in alphas:
-            found = [results.loss(name, data, f"wise-ft {alpha:g}").loss for data in sets]
-            rows.append([name, f"{alpha:g}", *(f"{loss:.4f}" for loss in found)])
+            row = [name, f"{alpha:g}"]
+            for data in sets:
+                loss = results.loss(name, data, f"wise-ft {alpha:g}")
+                row.append(f"{loss.loss:.4f} ({forgetting(results.loss(results.base, data), loss)})")
+            rows.append(row)
     document.table(["model", "alpha", *(f"loss on {data}" for data in sets)], rows)
 
 
@@ -201,6 +211,8 @@ def benchmarks(document: Document, results: Results) -> None:
     )
     columns = [(results.base, "", None)]
     columns += [(name, "", before) for name in results.tuned]
+    for alpha in results.record["settings"]["wise_ft"]:
+        columns += [(name, f"wise-ft {alpha:g}", before) for name in results.tuned]
     for scheme in results.record["settings"]["quantize"]:
         columns += [(name, scheme, results.benchmarks(name)) for name in results.models]
     rows = []
@@ -220,35 +232,40 @@ def sharpness(document: Document, results: Results) -> None:
     if not kinds:
         return
     document.heading("Sharpness")
-    rows = []
-    for name in results.models:
-        found = {kind: results.find(kind, name)[0]["result"] for kind in kinds}
-        row = [name]
-        if "kl" in found:
-            row.append(f"{found['kl']['value']:.3e} ± {_error(found['kl']['standard_error'])}")
-        if "sam" in found:
-            row.append(f"{found['sam']['value']:.5f}")
-        if "hessian" in found:
-            spectrum = found["hessian"]
-            row.append(f"{spectrum['eigenvalues'][0]:.3f} ± {_error(spectrum['residuals'][0])}")
-            row.append(f"{spectrum['trace']:.1f} ± {_error(spectrum['trace_standard_error'])}")
-        rows.append(row)
     rho = results.record["settings"]["sam_rho"]
     titles = {
         "kl": ["KL under noise of 1e-5"],
         "sam": [f"SAM sharpness, rho {rho:g}"],
         "hessian": ["top Hessian eigenvalue", "Hessian trace"],
     }
+    rows = []
+    for name in results.models:
+        row = [name]
+        for kind in ("kl", "sam", "hessian"):
+            if kind not in kinds:
+                continue
+            found = results.result(kind, name)
+            if found is None:
+                row += ["missing"] * len(titles[kind])
+            elif kind == "kl":
+                row.append(f"{found['value']:.3e} ± {_error(found['standard_error'])}")
+            elif kind == "sam":
+                row.append(f"{found['value']:.5f}")
+            else:
+                row.append(f"{found['eigenvalues'][0]:.3f} ± {_error(found['residuals'][0])}")
+                row.append(f"{found['trace']:.1f} ± {_error(found['trace_standard_error'])}")
+        rows.append(row)
     if set(kinds) - {"noise"}:
         document.text(
             "The KL divergence between next-token distributions without and with noise (nats per token; ± standard "
-            "error over noise samples), growth of the loss at the worst point of radius rho, largest eigenvalue "
-            "(± residual) and trace (± standard error) of the Hessian of the loss."
+            "error over noise samples), growth of the loss at w + e, the point at distance rho along the "
+            "gradient, largest eigenvalue (± residual) and trace (± standard error) of the Hessian of the loss."
         )
         document.table(["model", *(title for kind in titles if kind in kinds for title in titles[kind])], rows)
     if "noise" in kinds:
-        measured = {name: results.find("noise", name)[0]["result"] for name in results.models}
-        document.figure("noise", plot_noise(measured), "Growth of the loss under noise in proportion to each layer")
+        measured = _present({name: results.result("noise", name) for name in results.models})
+        if measured:
+            document.figure("noise", plot_noise(measured), "Growth of the loss under noise in proportion to each layer")
 
 
 def landscapes(document: Document, results: Results) -> None:
@@ -258,8 +275,9 @@ def landscapes(document: Document, results: Results) -> None:
         return
     document.heading("Loss landscape")
     if "line" in kinds:
-        lines = {name: results.find("line", name)[0]["result"] for name in results.tuned}
-        document.figure("line", plot_line(lines), "Loss from base to tuned, and its second-order Taylor expansion")
+        lines = _present({name: results.result("line", name) for name in results.tuned})
+        if lines:
+            document.figure("line", plot_line(lines), "Loss from base to tuned, and its second-order Taylor expansion")
         document.table(
             ["model", "distance", "slope at base", "curvature at base", "barrier"],
             [
@@ -267,13 +285,12 @@ def landscapes(document: Document, results: Results) -> None:
                 for name, line in lines.items()
             ],
         )
-    for record in results.find("plane"):
+    for record in [record for record in results.find("plane") if record["result"] is not None]:
         document.figure(
             "plane", plot_plane(record["result"]), f"Loss on the plane through {results.base}, {record['model']}"
         )
     if "random" in kinds:
-        for name in results.models:
-            plane = results.find("random plane", name)[0]["result"]
+        for name, plane in _present({name: results.result("random plane", name) for name in results.models}).items():
             document.figure(f"random_{name}", plot_plane(plane), f"Loss along random directions around {name}")
 
 
@@ -282,7 +299,9 @@ def similarity(document: Document, results: Results) -> None:
     if not results.record["settings"]["similarity"] or not results.tuned:
         return
     document.heading("Distance from the base")
-    found = {name: results.find("similarity", name)[0]["result"] for name in results.tuned}
+    found = _present({name: results.result("similarity", name) for name in results.tuned})
+    if not found:
+        return
     angles = {name: values["mean_principal_angles"] for name, values in found.items()}
     document.figure("principal_angles", plot_layers(angles, "mean principal angle (degrees)"), "Hidden states by layer")
     ckas = {name: values["cka"] for name, values in found.items()}
@@ -293,6 +312,18 @@ def similarity(document: Document, results: Results) -> None:
         weights = [values["weights"][index] for values in found.values()]
         rows.append([layer, *(f"{w['distance']:.4g} ({_share(w['relative'])})" for w in weights)])
     document.table(["weights", *(f"distance of {name}" for name in found)], rows)
+
+
+def failures(document: Document, results: Results) -> None:
+    """What could not be measured."""
+    rows = [[r["part"], r["model"], r["error"]] for r in results.record["parts"] if r.get("error")]
+    if rows:
+        document.heading("Missing")
+        document.table(["measure", "model", "why"], rows)
+
+
+def _present(found: dict) -> dict:
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _short(value) -> str:

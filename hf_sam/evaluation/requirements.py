@@ -2,6 +2,11 @@
 
 import importlib.util
 
+
+class MeasurementError(RuntimeError):
+    """A measurement that could not be made; its message says why, and what to do."""
+
+
 _EXTRA = {"bitsandbytes": "quantization", "peft": "peft"}
 
 

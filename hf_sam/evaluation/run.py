@@ -16,19 +16,26 @@ from pathlib import Path
 import torch
 
 from ..baselines.wise_ft import wise_ft
-from .benchmarks import check_tasks, run_benchmarks
+from .benchmarks import check_tasks, load_tasks, run_benchmarks
 from .data import HeldOutData
 from .hessian import hessian_spectrum
 from .landscape import loss_along_line, loss_on_plane, loss_on_random_plane
 from .loss import held_out_loss
 from .noise import noise_kl, noise_sensitivity
-from .processes import rank_and_world
+from .processes import rank_and_world, titled
 from .quantization import quantized
 from .requirements import need
 from .settings import EvaluationArguments
 from .sharpness import sam_sharpness
 from .similarity import representation_similarity, weight_distance
-from .sources import ModelSource, check_same_tokens, find_model, load_held_out, with_distinct_names
+from .sources import (
+    ModelSource,
+    check_same_tokens,
+    find_model,
+    hash_of_folder,
+    load_held_out,
+    with_distinct_names,
+)
 from .store import PartStore, write_json
 
 _PACKAGES = ("hf-sam", "torch", "transformers", "accelerate", "bitsandbytes", "peft", "datasets", "lm-eval", "scipy")
@@ -54,12 +61,17 @@ class Evaluation:
         self.device = _device(settings.device)
         self.dtype = getattr(torch, settings.dtype)
         self._check_packages()
-        self.store = PartStore(settings.output)
+        versions = environment()
+        self.store = PartStore(settings.output, {name: versions[name] for name in _PACKAGES if name in versions})
         self.sources = with_distinct_names([find_model(spec) for spec in (settings.base, *settings.tuned)])
         self.base, *self.tuned = self.sources
         self.tokenizer = self.base.tokenizer()
         for source in self.tuned:
             check_same_tokens(self.tokenizer, source.tokenizer(), source.name)
+        for source in self.sources:
+            source.check_length(settings.max_length)
+            if source.base is not None and any(not scheme.startswith("rtn") for scheme in settings.quantize):
+                source.check_space()
         self.data = self._load(settings.data, settings.data_column)
         self.task_data = self._load(settings.task_data, settings.task_column or settings.data_column)
         if both := self.data.keys() & self.task_data.keys():
@@ -68,6 +80,15 @@ class Evaluation:
         self.sharpness_data = first.first(settings.sharpness_documents)
         if settings.tasks:
             check_tasks(settings.tasks, settings.task_folder or None)
+            self._tasks = {
+                "tasks": settings.tasks,
+                "shots": settings.num_fewshot,
+                "limit": settings.benchmark_limit,
+                "folder": hash_of_folder(settings.task_folder),
+                "tokenizer": self.base.tokenizer_fingerprint(),
+                "seed": settings.seed,
+            }
+        self._tasks_loaded = False
         self._models: dict[str, torch.nn.Module] = {}
 
     def _check_packages(self):
@@ -119,6 +140,7 @@ class Evaluation:
                     lambda: loss_on_random_plane(
                         self._model(source), self.sharpness_data, seed=settings.seed, batch_size=settings.batch_size
                     ).to_dict(),
+                    may_fail=True,
                 )
             if source is not self.base:
                 self._compared_with_base(about, source)
@@ -132,7 +154,7 @@ class Evaluation:
         """Held-out losses and benchmarks of one variant of a model; `opened()` is the context to measure it in."""
         settings = self.settings
         about = {**about, "variant": variant}
-        depends = {**_weights(source), "dtype": settings.dtype, **extra}
+        depends = {**_weights(source), **extra}
         measures: list[tuple[dict, dict, Callable]] = []
         if variant in settings.quantize:
             proof = lambda model, made_of: {**vars(made_of), "bits": made_of.bits}  # noqa: E731
@@ -141,13 +163,13 @@ class Evaluation:
             loss = lambda model, made_of, data=data: self._loss(model, data)  # noqa: E731
             measures.append(({"part": "loss", **about, "data": name}, depends | _documents(data), loss))
         if settings.tasks:
-            asked = {"tasks": settings.tasks, "shots": settings.num_fewshot, "limit": settings.benchmark_limit}
-            asked |= {"folder": settings.task_folder, "seed": settings.seed}
-            measures.append(
-                ({"part": "benchmarks", **about}, depends | asked, lambda model, made_of: self._benchmarks(model))
-            )
-        if all(self.store.has(*_complete(*measure[:2])) for measure in measures):
+            scores = lambda model, made_of: self._benchmarks(model)  # noqa: E731
+            measures.append(({"part": "benchmarks", **about}, depends | self._tasks, scores))
+        if all(self.store.has(*self._key(what, on)) for what, on, _ in measures):
             opened = lambda: contextlib.nullcontext((None, None))  # noqa: E731
+        elif settings.tasks and not self._tasks_loaded:
+            load_tasks(settings.tasks, settings.task_folder or None)
+            self._tasks_loaded = True
         with opened() as (model, made_of):
             for what, on, measure in measures:
                 self._part(what, on, lambda measure=measure: measure(model, made_of))
@@ -182,7 +204,10 @@ class Evaluation:
         if kind == "sam":
             depends["rho"] = settings.sam_rho
         self._part(
-            {"part": kind, **about}, depends, lambda: measures[kind](self._model(source), self.sharpness_data).to_dict()
+            {"part": kind, **about},
+            depends,
+            lambda: measures[kind](self._model(source), self.sharpness_data).to_dict(),
+            may_fail=True,
         )
 
     def _compared_with_base(self, about: dict, source: ModelSource):
@@ -196,9 +221,10 @@ class Evaluation:
                 lambda: loss_along_line(
                     self._model(self.base), self._model(source), self.sharpness_data, **common
                 ).to_dict(),
+                may_fail=True,
             )
         if settings.similarity:
-            self._part({"part": "similarity", **about}, depends, lambda: self._similarity(source))
+            self._part({"part": "similarity", **about}, depends, lambda: self._similarity(source), may_fail=True)
 
     def _similarity(self, source: ModelSource) -> dict:
         base, tuned = self._model(self.base), self._model(source)
@@ -223,6 +249,7 @@ class Evaluation:
                     names=names,
                     batch_size=self.settings.batch_size,
                 ).to_dict(),
+                may_fail=True,
             )
 
     # What a variant of a model is measured in: contexts that yield the model, and what it was quantized to.
@@ -251,8 +278,12 @@ class Evaluation:
 
         return opened
 
-    def _part(self, about: dict, depends: dict, compute: Callable[[], dict]) -> dict:
-        return self.store.part(*_complete(about, depends), compute)
+    def _part(self, about: dict, depends: dict, compute: Callable[[], dict], may_fail: bool = False):
+        with titled(f"{about['model']} {about.get('variant', '')}".strip()):
+            return self.store.part(*self._key(about, depends), compute, may_fail)
+
+    def _key(self, about: dict, depends: dict) -> tuple[dict, dict]:
+        return {"variant": "", "data": "", **about}, {**depends, "dtype": self.settings.dtype}
 
     def _model(self, source: ModelSource) -> torch.nn.Module:
         if source.name not in self._models:
@@ -337,7 +368,3 @@ def _device(choice: str):
 
 def _documents(data: HeldOutData) -> dict:
     return {"documents": data.fingerprint()}
-
-
-def _complete(about: dict, depends: dict) -> tuple[dict, dict]:
-    return {"variant": "", "data": "", **about}, depends

@@ -64,6 +64,9 @@ class EvaluationArguments:
     seed: int = _flag(0, "Seed of noise, random vectors and bootstrap.")
 
     def __post_init__(self):
+        for name, values in vars(self).items():
+            if isinstance(values, list):
+                setattr(self, name, list(dict.fromkeys(values)))
         if not self.base:
             raise ValueError("An evaluation needs --base: the model before fine-tuning or quantization.")
         if not self.data:

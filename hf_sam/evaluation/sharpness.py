@@ -150,5 +150,14 @@ def _loss_at_ascent(model, params, gradient, data, rho, adaptive, batch_size) ->
             param.copy_(perturbed)
         return norm, held_out_loss(model, data, batch_size=batch_size)
     finally:
-        for name, origin in origins.items():
-            params[name].copy_(origin)
+        try:
+            _put_back(params, origins)
+        except BaseException:
+            _put_back(params, origins)  # interrupted once more: no weight must stay perturbed
+            raise
+
+
+@torch.no_grad()
+def _put_back(params: dict[str, torch.nn.Parameter], origins: dict[str, torch.Tensor]) -> None:
+    for name, origin in origins.items():
+        params[name].copy_(origin)

@@ -68,9 +68,9 @@ def representation_similarity(
                 )
             pairs = list(zip(*states, strict=True))
             layers = layers or [_Moments() for _ in pairs]
-            if counts:
-                for moments, (x, y) in zip(layers, pairs, strict=True):
-                    moments.add(x, y)
+            for moments, (x, y) in zip(layers, pairs, strict=True):
+                # What does not count adds zeros, so that there is something to share on every process.
+                moments.add(*((x, y) if counts else (x[:0], y[:0])))
     for moments in layers:
         moments.share()
     tokens = layers[0].count

@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .data import HeldOutData
 from .quantization import check_disk, load_quantized
@@ -54,6 +56,29 @@ class ModelSource:
 
         with saved(self.load(dtype)) as folder:
             return load_quantized(folder, scheme, dtype=dtype, device_map=device_map)
+
+    def check_length(self, max_length: int) -> None:
+        """Raises ValueError if the model cannot take rows of that many tokens."""
+        if self.base is not None:
+            self.base.check_length(max_length)
+            return
+        config = AutoConfig.from_pretrained(self.folder).get_text_config()
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and max_length > longest:
+            raise ValueError(
+                f"{self.spec!r} takes {longest} tokens at most, but rows are up to {max_length} long: "
+                f"--max_length {longest}."
+            )
+
+    def check_space(self) -> None:
+        """Raises OSError if the disk has no space for the merged copy that an adapter is quantized from."""
+        size = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
+        check_disk(tempfile.gettempdir(), size, f"the merged copy of {self.spec!r} (set TMPDIR to another disk)")
+
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of its tokenizer."""
+        content = json.dumps([self.tokenizer().get_vocab(), str(self.tokenizer())], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def tokenizer(self):
         """Its tokenizer, or that of the model under the adapter.
@@ -166,6 +191,7 @@ def load_held_out(
 def _split_of(place: str, split: str | None, stream: bool) -> Iterable:
     import datasets
 
+    path, config, options = place, None, {}
     kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
     if os.path.isfile(place):
         suffix = Path(place).suffix
@@ -173,18 +199,20 @@ def _split_of(place: str, split: str | None, stream: bool) -> Iterable:
             raise ValueError(f"files end in one of {', '.join(kinds)}, not in {suffix!r}.")
         if not os.path.getsize(place):
             raise ValueError("the file is empty.")
-        options = {"sample_by": "paragraph"} if suffix == ".txt" else {}
-        splits = datasets.load_dataset(kinds[suffix], data_files=place, **options)
-    elif os.path.isdir(place) and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json")):
-        splits = datasets.load_from_disk(place)
-    else:
-        path, config, revision = (place, None, None) if os.path.isdir(place) else _hub_parts(place)
-        try:
-            # A stream of some documents instead of all of a corpus.
-            hub = {"revision": revision, "streaming": stream} if not os.path.isdir(place) else {}
-            splits = datasets.load_dataset(path, config, **hub)
-        except Exception as error:  # datasets has a dozen kinds for this
-            raise ValueError(f"it cannot be loaded: {type(error).__name__}: {error}") from error
+        path, options = kinds[suffix], {"data_files": place}
+        if suffix == ".txt":
+            options["sample_by"] = "paragraph"
+    elif not os.path.isdir(place):
+        path, config, revision = _hub_parts(place)
+        # A stream of some documents instead of all of a corpus.
+        options = {"revision": revision, "streaming": stream}
+    try:
+        if os.path.isdir(place) and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json")):
+            splits = datasets.load_from_disk(place)
+        else:
+            splits = datasets.load_dataset(path, config, **options)
+    except Exception as error:  # datasets has a dozen kinds for this
+        raise ValueError(f"it cannot be loaded: {type(error).__name__}: {error}") from error
     if isinstance(splits, datasets.Dataset):
         return splits
     for choice in [split] if split else ["test", "validation", "train", *splits]:
@@ -209,7 +237,7 @@ def _named(spec: str) -> tuple[str, str]:
 
 
 def _download(place: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         HFValidationError,
@@ -220,16 +248,18 @@ def _download(place: str) -> Path:
 
     repo, _, revision = place.partition("@")
     revision = revision or None
-    if place.count("/") > 1 or place.startswith((".", "~", "/")):
+    if repo.count("/") > 1 or place.startswith((".", "~", "/")):
         raise ValueError(f"There is no folder {place!r}.")
     try:
-        if not HF_HUB_OFFLINE:
-            files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+        wanted = list(_WANTED)
+        if not HF_HUB_OFFLINE and (files := _files_on_hub(repo, revision)):
+            if not any(file.rfilename.endswith(".safetensors") for file in files):
+                wanted.append("*.bin")
             cached = {path.name for path in Path(HF_HUB_CACHE).glob(f"models--{repo.replace('/', '--')}/blobs/*")}
-            weights = [file for file in files if file.rfilename.endswith(".safetensors") and file.lfs]
+            weights = [file for file in files if file.lfs and any(fnmatch(file.rfilename, name) for name in wanted)]
             missing = sum(file.size or 0 for file in weights if file.lfs.sha256 not in cached)
             check_disk(HF_HUB_CACHE, missing, f"the download of {place!r} (set HF_HOME to another disk)")
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_WANTED)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except RevisionNotFoundError as error:
         raise ValueError(f"The model {repo!r} has no revision {revision!r} on the hub.") from error
     except RepositoryNotFoundError as error:
@@ -244,6 +274,29 @@ def _download(place: str) -> Path:
             f"There is no folder {place!r}, and the model {repo!r}{at} is not in the local cache; the hub cannot be "
             "reached, or HF_HUB_OFFLINE is set."
         ) from error
+
+
+def _files_on_hub(repo: str, revision: str | None) -> list:
+    """What the repository holds; nothing if the hub cannot be reached, where the cache may still have it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception:  # no network, in the words of whichever library makes the connection
+        return []
+
+
+def hash_of_folder(folder: str) -> str:
+    """Hash of all files below a folder; empty without one."""
+    if not folder:
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _hash_of_files(folder: Path) -> str:

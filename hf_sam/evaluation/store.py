@@ -1,6 +1,6 @@
 """Results on disk, a file for each part, so that an interrupted evaluation goes on where it was.
 
-A part is known by a hash of everything that it depends on: weights, tokens, settings and the version of this library.
+A part is known by a hash of everything that it depends on: weights, tokens, settings and versions of packages.
 """
 
 import hashlib
@@ -11,11 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
-
-from .. import __version__
-from .processes import rank_and_world
+from .processes import from_first, rank_and_world
 from .quantization import check_disk
+from .requirements import MeasurementError
 
 # What a large evaluation writes: results of some thousand documents, and plots.
 _SPACE = 64 << 20
@@ -26,12 +24,14 @@ class PartStore:
 
     Args:
         folder (`str` or `Path`): made if need be.
+        versions (`dict[str, str]`): of all packages that results depend on.
 
     Raises:
         OSError: if the folder cannot be written to, or its disk is full.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, versions: dict[str, str]):
+        self.versions = versions
         self.folder = Path(folder) / "parts"
         self.records: list[dict] = []
         if rank_and_world()[0] == 0:
@@ -43,20 +43,30 @@ class PartStore:
 
     def has(self, about: dict, depends: dict) -> bool:
         """Whether a part is there already."""
-        return self._agreed(self._read(about, depends) is not None)
+        return from_first(self._read(about, depends) is not None)
 
-    def part(self, about: dict, depends: dict, compute: Callable[[], dict]) -> dict:
+    def part(self, about: dict, depends: dict, compute: Callable[[], dict], may_fail: bool = False) -> dict | None:
         """The result of a part, computed unless it is there.
 
         Args:
             about (`dict`): what it is, for the report: `part`, `model`, `variant`, `data`.
             depends (`dict`): what it depends on besides, for its hash.
             compute (`Callable`): makes the result, for JSON; called on all processes or on none.
+            may_fail (`bool`, defaults to `False`): whether a measurement that cannot be made leaves a record with its
+                error instead of a result.
         """
-        record = self._agreed(self._read(about, depends))
+        record = from_first(self._read(about, depends))
         if record is None:
             started = time.perf_counter()
-            record = {**about, "result": compute(), "seconds": round(time.perf_counter() - started, 3)}
+            try:
+                result = compute()
+            except (MeasurementError, FloatingPointError) as error:
+                if not may_fail:
+                    raise
+                # The rest is still worth having; this part is not written, so that a later run tries again.
+                self.records.append({**about, "result": None, "error": str(error)})
+                return None
+            record = {**about, "result": result, "seconds": round(time.perf_counter() - started, 3)}
             if rank_and_world()[0] == 0:
                 write_json(self._path(about, depends), record)
                 # As it will be read back: numbers that JSON cannot hold are None.
@@ -65,7 +75,7 @@ class PartStore:
         return record["result"]
 
     def _path(self, about: dict, depends: dict) -> Path:
-        key = json.dumps([about, depends, __version__], sort_keys=True)
+        key = json.dumps([about, depends, self.versions], sort_keys=True)
         label = "-".join(str(about[name]) for name in ("part", "model", "variant", "data") if about.get(name))
         readable = "".join(c if c.isalnum() or c in "-." else "_" for c in label)[:80]
         return self.folder / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
@@ -75,13 +85,6 @@ class PartStore:
         if rank_and_world()[0] != 0 or not path.exists():
             return None
         return json.loads(path.read_text(encoding="utf-8"))
-
-    @staticmethod
-    def _agreed(value):
-        # The disk of the first process decides for all.
-        if rank_and_world()[1] == 1:
-            return value
-        return broadcast_object_list([value])[0]
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -65,7 +65,7 @@ def test_fingerprint_tells_data_apart():
             "must hold text, but holds int",
         ),
         (lambda: HeldOutData([]), "empty"),
-        (lambda: HeldOutData([{"input_ids": [5]}]), "no token to predict|has a token to predict"),
+        (lambda: HeldOutData([{"input_ids": [5]}]), "has a token to predict"),
         (lambda: HeldOutData([{"input_ids": [5, 6], "labels": [-100, -100]}]), "has a token to predict"),
         (lambda: HeldOutData([{"input_ids": [5, 6], "labels": [5]}]), "2 input_ids, but 1 labels"),
         (lambda: HeldOutData([{"text": "w1"}]), "from_dataset"),
@@ -81,5 +81,5 @@ def test_dataloaders_that_accelerate_prepared_are_refused():
     from accelerate import Accelerator
 
     loader = torch.utils.data.DataLoader(torch.arange(8).view(2, 4), batch_size=1)
-    with pytest.raises(ValueError, match="count them twice|counts? .*twice"):
+    with pytest.raises(ValueError, match="repeats rows"):
         held_out_loss(sharp_olmo2(), Accelerator(cpu=True).prepare(loader))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from toy import olmo2, token_dataset
 from toy_evaluation import FailsAfter, busy, document_losses, held_out, moved, sharp_olmo2, token_rows, unchanged
-from torch.utils.data import DataLoader
 
 from hf_sam.evaluation import HeldOutData, HeldOutLoss, forgetting, held_out_loss
 
@@ -82,8 +82,8 @@ def test_loss_of_packed_batches_is_that_of_their_documents(model, expected):
     rows = token_rows()
 
     def pack(rows):
-        ids = sum((row["input_ids"] for row in rows), [])
-        positions = sum((list(range(len(row["input_ids"]))) for row in rows), [])
+        ids = [token for row in rows for token in row["input_ids"]]
+        positions = [position for row in rows for position in range(len(row["input_ids"]))]
         return {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
 
     measured = held_out_loss(model, DataLoader(rows, batch_size=4, collate_fn=pack))

@@ -1,0 +1,259 @@
+"""`hf-sam evaluate`: the numbers of the functions, a record, a report; interrupted and resumed; refused in time."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from toy_evaluation import sharp_olmo2
+from toy_trl import rows, tokenizer
+
+from hf_sam import cli
+from hf_sam.evaluation import (
+    EvaluationArguments,
+    HeldOutData,
+    evaluate,
+    forgetting,
+    held_out_loss,
+    hessian_spectrum,
+    load_quantized,
+    noise_kl,
+    run,
+)
+from hf_sam.evaluation.report import Results
+from hf_sam.evaluation.sources import find_model
+
+SETTINGS = ["--max_length", "64"]
+
+
+def command(shelf, output, *extra, tuned=("tuned1", "tuned2", "tuned3")):
+    return [
+        "evaluate",
+        *("--base", str(shelf / "base"), "--tuned", *(str(shelf / name) for name in tuned)),
+        *("--data", str(shelf / "old.jsonl"), "--task_data", str(shelf / "task.jsonl"), "--task_column", "completion"),
+        *("--output", str(output), *SETTINGS, *extra),
+    ]
+
+
+EVERYTHING = (
+    *("--quantize", "nf4", "rtn3", "--wise_ft", "0.5", "--sharpness", "kl", "noise", "sam", "hessian"),
+    *("--landscape", "line", "plane", "random", "--similarity", "--sharpness_documents", "6"),
+)
+
+
+@pytest.fixture(scope="module")
+def done(shelf, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluation") / "AdamW"
+    assert cli.main(command(shelf, output, *EVERYTHING)) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def record(done):
+    return json.loads((done / "results.json").read_text())
+
+
+def test_numbers_are_those_of_the_functions(shelf, done, record):
+    results = Results.read(done)
+    old = HeldOutData.from_dataset(rows("text"), tokenizer())
+    base, tuned = (find_model(str(shelf / name)).load(torch.float32) for name in ("base", "tuned2"))
+    before, after = held_out_loss(base, old), held_out_loss(tuned, old)
+    assert results.loss("base", "old").loss == before.loss
+    assert results.loss("tuned2", "old").loss == after.loss
+    task = HeldOutData.from_dataset(rows("completion"), tokenizer(), column="completion")
+    assert results.loss("tuned2", "task").loss == held_out_loss(tuned, task).loss
+    small, made_of = load_quantized(shelf / "tuned2", "nf4")
+    assert results.loss("tuned2", "old", "nf4").loss == held_out_loss(small, old).loss
+    assert results.find("quantized", "tuned2", "nf4")[0]["result"]["bits"] == made_of.bits
+    assert results.result("kl", "base")["value"] == noise_kl(base, old.first(6)).value
+    assert results.result("hessian", "base")["trace"] == pytest.approx(
+        hessian_spectrum(base, old.first(6)).trace, rel=1e-3
+    )
+    assert results.result("line", "tuned2")["losses"][-1] == held_out_loss(tuned, old.first(6)).loss
+    assert len(results.sweep()) == 3
+    assert str(forgetting(before, after)) in (done / "report.md").read_text()
+
+
+def test_record_says_what_was_measured_with_what(shelf, record):
+    assert record["name"] == "AdamW"
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["settings"]["seed"] == 0
+    assert [model["name"] for model in record["models"]] == ["base", "tuned1", "tuned2", "tuned3"]
+    assert record["models"][0]["fingerprint"] == find_model(str(shelf / "base")).fingerprint
+    assert {data["name"]: data["documents"] for data in record["data"]} == {"old": 64, "task": 64}
+    assert not [part for part in record["parts"] if part.get("error")]
+
+
+def test_reports_show_everything_and_stand_alone(done):
+    markdown, page = (done / "report.md").read_text(), (done / "report.html").read_text()
+    for title in ("Held-out loss and forgetting", "Quantization", "Sharpness", "Loss landscape", "Wise-FT", "Distance"):
+        assert title in markdown
+        assert title in page
+    pictures = re.findall(r"\]\(([^)]+\.png)\)", markdown)
+    assert {"line.png", "plane.png", "noise.png", "cka.png", "random_base.png"} <= set(pictures)
+    for picture in pictures:
+        assert (done / picture).read_bytes().startswith(b"\x89PNG")
+    # Nothing in the page is fetched from anywhere.
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == len(pictures)
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    # Tables are whole: every line of one has as many cells.
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+        assert len({line.count(" | ") for line in table.splitlines() if "---" not in line}) == 1, table
+
+
+def test_a_second_run_computes_nothing(shelf, done, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    before = (done / "report.md").read_text()
+    monkeypatch.setattr(run.ModelSource, "load", fail)
+    monkeypatch.setattr(run.ModelSource, "load_quantized", fail)
+    assert cli.main(command(shelf, done, *EVERYTHING)) == 0
+    after = (done / "report.md").read_text()
+    assert before.splitlines()[4:] == after.splitlines()[4:]
+
+
+def test_an_interrupted_evaluation_goes_on(shelf, tmp_path, monkeypatch):
+    """Ctrl-C in the middle: the parts that were through are not computed again, and the results are the same."""
+    whole = evaluate(arguments(shelf, tmp_path / "whole"))
+    real, calls = run.held_out_loss, []
+
+    def interrupted(model, data, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(model, data, **kwargs)
+
+    monkeypatch.setattr(run, "held_out_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(arguments(shelf, tmp_path / "part"))
+    assert not (tmp_path / "part" / "results.json").exists()
+    assert len(list((tmp_path / "part" / "parts").glob("*.json"))) == 3
+    resumed = evaluate(arguments(shelf, tmp_path / "part"))
+    # 3 models, 2 sets: 6 losses in all, of which 3 were there.
+    assert len(calls) == 4 + 3
+    assert [part["result"] for part in resumed["parts"]] == [part["result"] for part in whole["parts"]]
+
+
+def arguments(shelf, output, **overrides):
+    settings = {
+        "base": str(shelf / "base"),
+        "tuned": [str(shelf / "tuned1"), str(shelf / "tuned2")],
+        "data": [str(shelf / "old.jsonl")],
+        "task_data": [str(shelf / "task.jsonl")],
+        "task_column": "completion",
+        "output": str(output),
+        "max_length": 64,
+        **overrides,
+    }
+    return EvaluationArguments(**settings)
+
+
+def test_what_changed_is_measured_again(shelf, tmp_path):
+    shutil.copytree(shelf / "tuned1", tmp_path / "tuned1")
+    settings = {"tuned": [str(tmp_path / "tuned1")], "task_data": []}
+    first = evaluate(arguments(shelf, tmp_path / "out", **settings))
+    sharp_olmo2(seed=3).save_pretrained(tmp_path / "tuned1")
+    second = evaluate(arguments(shelf, tmp_path / "out", **settings))
+    assert first["parts"][0]["result"]["loss"] == second["parts"][0]["result"]["loss"]
+    assert first["parts"][1]["result"]["loss"] != second["parts"][1]["result"]["loss"]
+    fewer = evaluate(arguments(shelf, tmp_path / "out", max_documents=10, **settings))
+    assert fewer["parts"][0]["result"]["tokens"] < first["parts"][0]["result"]["tokens"]
+    assert len(list((tmp_path / "out" / "parts").glob("*.json"))) == 5
+
+
+def test_a_measure_that_fails_does_not_take_the_others_with_it(shelf, tmp_path, monkeypatch):
+    from hf_sam.evaluation.requirements import MeasurementError
+
+    def fail(*args, **kwargs):
+        raise MeasurementError("no eigenvalue was found")
+
+    monkeypatch.setattr(run, "hessian_spectrum", fail)
+    assert cli.main(command(shelf, tmp_path, "--sharpness", "hessian", "sam", tuned=["tuned1"])) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "no eigenvalue was found" in report
+    assert "missing" in report
+    monkeypatch.undo()
+    # It is tried again next time.
+    assert cli.main(command(shelf, tmp_path, "--sharpness", "hessian", "sam", tuned=["tuned1"])) == 0
+    assert "missing" not in (tmp_path / "report.md").read_text()
+
+
+def test_adapters_are_evaluated_like_models(shelf, tmp_path):
+    assert cli.main(command(shelf, tmp_path, "--quantize", "nf4", tuned=["adapter"])) == 0
+    results = Results.read(tmp_path)
+    assert results.loss("adapter", "old").loss != results.loss("base", "old").loss
+    assert results.find("quantized", "adapter", "nf4")[0]["result"]["layers"] == 14
+
+
+def test_flags_may_stand_in_a_file(shelf, tmp_path):
+    config = {"base": str(shelf / "base"), "data": str(shelf / "old.jsonl"), "max_length": 64, "max_documents": 5}
+    (tmp_path / "config.yaml").write_text(json.dumps({**config, "output": str(tmp_path / "out")}))
+    assert cli.main(["evaluate", "--config", str(tmp_path / "config.yaml"), "--max_documents", "7"]) == 0
+    assert Results.read(tmp_path / "out").record["data"][0]["documents"] == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": "/nowhere"}, "There is no folder '/nowhere'"),
+        ({"base": ""}, "needs --base"),
+        ({"data": []}, "needs --data"),
+        ({"data": ["/nowhere.jsonl"]}, "nowhere.jsonl"),
+        ({"data_column": "body"}, "no column 'body'.*--data_column"),
+        ({"task_data": ["OLD"], "task_column": "text"}, "both have a 'old'.*NAME=PATH"),
+        ({"max_length": 65}, "takes 64 tokens at most"),
+        ({"quantize": ["nf5"]}, "no quantization scheme 'nf5'"),
+        ({"sharpness": ["flat"]}, "--sharpness flat is none of kl"),
+        ({"sharpness": ["kl"], "dtype": "bfloat16"}, "--dtype float32"),
+        ({"wise_ft": [1.5]}, "from 0 .* to 1"),
+        ({"tuned": [], "similarity": True}, "--similarity .* give --tuned"),
+        ({"tuned": ["TUNED"], "landscape": ["plane"]}, "plane goes through two"),
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"benchmarks": ["arc_eazy"]}, "no task 'arc_eazy'"),
+        ({"tuned": ["TUNED", "TUNED", "other=TUNED"], "data": ["OLD", "OLD2=OLD"], "dtype": "int8"}, "--dtype int8"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_measured(shelf, tmp_path, monkeypatch, capsys, change, message):
+    def fail(*args, **kwargs):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(run.ModelSource, "load", fail)
+    names = {"OLD": str(shelf / "old.jsonl"), "TUNED": str(shelf / "tuned1")}
+    change = {
+        key: [re.sub("OLD$|TUNED$", lambda m: names[m[0]], v) if isinstance(v, str) else v for v in value]
+        if isinstance(value, list)
+        else value
+        for key, value in change.items()
+    }
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate(arguments(shelf, tmp_path / "out", **change))
+    assert not list((tmp_path / "out").glob("parts/*.json"))
+
+
+def test_other_vocabularies_and_full_disks_are_told_before(shelf, tmp_path, monkeypatch, capsys):
+    shutil.copytree(shelf / "tuned1", tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["w7"], vocabulary["w8"] = vocabulary["w8"], vocabulary["w7"]
+    path.write_text(json.dumps(content))
+    argv = command(shelf, tmp_path / "out", tuned=["tuned1"])
+    argv[argv.index(str(shelf / "tuned1"))] = str(tmp_path / "other")
+    assert cli.main(argv) == 1
+    assert "tokenizers of the base and of 'other' differ: 2 of 64" in capsys.readouterr().err
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert cli.main(command(shelf, tmp_path / "out")) == 1
+    assert "No disk space: an evaluation in" in capsys.readouterr().err
+
+
+def test_help_and_missing_packages(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    assert "--quantize" in capsys.readouterr().out
+    real = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "scipy" else real(name))
+    assert cli.main(["evaluate", "--base", "x"]) == 1
+    assert "pip install 'hf-sam[eval]'" in capsys.readouterr().err
