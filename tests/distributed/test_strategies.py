@@ -8,7 +8,7 @@ import torch
 import transformers.trainer
 from distributed import oracle
 from distributed.cases import CASES, Case, cases_of
-from distributed.launch import launch
+from distributed.checks import assert_bitwise, assert_ran, relative_distance
 from distributed.strategies import DISTRIBUTED, STRATEGIES, WORLD_SIZE
 
 # fp32 sums in another order differ by 1e-7; Adam divides by small numbers, which costs up to one more digit.
@@ -28,38 +28,8 @@ METRICS = ("loss", "grad_norm", "sam/perturbed_loss", "sam/ascent_grad_norm")
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
-    """Results of the worker by strategy and name; the worker of a strategy runs once, when it is first asked for."""
-
-    @functools.cache
-    def run(strategy):
-        output_dir = tmp_path_factory.mktemp(strategy)
-        try:
-            launch(strategy, output_dir)
-        except RuntimeError as error:
-            # Kept, so that a strategy that fails fails once and not once a test.
-            return output_dir, error
-        return output_dir, None
-
-    def result(strategy, name):
-        output_dir, error = run(strategy)
-        file = output_dir / f"{name}.pt"
-        if error is not None and not file.exists():
-            raise error
-        return torch.load(file, weights_only=False)
-
-    return result
-
-
-@pytest.fixture(scope="session")
 def expected():
     return functools.cache(lambda case: oracle.trajectory(case, WORLD_SIZE if case.name == "local_ascent" else 1))
-
-
-def relative_distance(weights, reference) -> float:
-    assert set(weights) == set(reference)
-    difference = sum((weights[name].float() - reference[name].float()).square().sum() for name in reference)
-    return (difference / sum(value.float().square().sum() for value in reference.values())).sqrt().item()
 
 
 def largest_difference(logs, reference, name) -> float:
@@ -165,23 +135,6 @@ def test_loop_without_a_trainer_follows_the_reference(results, strategy):
     assert outcome["metrics"]["sam/sharpness"] > 0
     assert outcome["twice"] is None
     assert_ran(outcome, strategy)
-
-
-def assert_ran(outcome, strategy, offload=False, precision="no"):
-    """The strategy that was asked for is the one that ran: accelerate falls back to another without an error."""
-    ran = outcome["ran"]
-    names = {"single": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP"}
-    assert ran["kind"] == names.get(strategy, "DEEPSPEED")
-    assert (ran["sharded"] > 1) == (strategy == "fsdp2")
-    assert ran["stage"] == (int(strategy[-1]) if strategy.startswith("zero") else 0)
-    assert ran["offload"] == offload
-    assert ran["precision"] == precision
-
-
-def assert_bitwise(weights, reference):
-    assert set(weights) == set(reference)
-    for name, value in reference.items():
-        assert torch.equal(weights[name], value), name
 
 
 def test_strategies_cover_every_backend():

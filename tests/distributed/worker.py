@@ -4,6 +4,7 @@ python worker.py single OUT
 torchrun --standalone --nproc_per_node 2 worker.py zero2 OUT [NAME ...]
 """
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -13,16 +14,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from distributed import scenarios
+from distributed import measures, scenarios
 from distributed.cases import GLOBAL_BATCH, Case, cases_of
 from distributed.strategies import allow_fsdp_on_cpu, strategy_arguments
 from torch.distributed.fsdp import FSDPModule
 from toy import Branches, arguments, olmo2, step_logs, token_dataset
 
-from hf_sam import SAMTrainer
+from hf_sam import SAMTrainer, SAMTrainingArguments
 
 
-def build_trainer(strategy: str, case: Case, output_dir: Path, trainer_class=SAMTrainer, **overrides):
+def build_trainer(
+    strategy: str,
+    case: Case,
+    output_dir: Path,
+    trainer_class=SAMTrainer,
+    config_class=SAMTrainingArguments,
+    **overrides,
+):
     """A trainer of `case` under `strategy`, on data in their given order."""
     # Strategies and precisions differ between cases, and accelerate would keep those of the first one.
     AcceleratorState._reset_state()
@@ -39,7 +47,7 @@ def build_trainer(strategy: str, case: Case, output_dir: Path, trainer_class=SAM
     rows = token_dataset(rows=GLOBAL_BATCH * case.accumulation * settings["max_steps"])
     if case.sft:
         return build_sft_trainer(strategy, case, output_dir, rows, settings)
-    args = arguments(output_dir / f"{case.name}-run", **settings)
+    args = arguments(output_dir / f"{case.name}-run", config_class, **settings)
     allow_fsdp_on_cpu(strategy, args)
     return trainer_class(model=build_model(case), args=args, train_dataset=rows)
 
@@ -63,6 +71,11 @@ def build_sft_trainer(strategy: str, case: Case, output_dir: Path, rows: list[di
     return SAMSFTTrainer(
         model=build_model(case), args=args, train_dataset=Dataset.from_list(unpadded), processing_class=tokenizer()
     )
+
+
+def config_with(fields: type) -> type:
+    """SAM's training arguments with other fields joined to them."""
+    return dataclasses.make_dataclass("Config", [], bases=(fields, SAMTrainingArguments))
 
 
 def build_model(case: Case) -> torch.nn.Module:
@@ -128,7 +141,7 @@ def main():
     for case in cases_of(strategy):
         if not names or case.name in names:
             run(strategy, case, Path(output_dir))
-    for scenario in scenarios.ALL:
+    for scenario in (*scenarios.ALL, *measures.ALL):
         if not names or scenario.__name__ in names:
             scenario(strategy, Path(output_dir))
 
