@@ -4,12 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from accelerate.state import PartialState
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from .compare import write_comparison
-from .processes import rank_and_world
+from .processes import join_processes, rank_and_world
 from .report import Results, evaluation_report, write_report
 from .requirements import MeasurementError
 from .run import evaluate
@@ -49,7 +48,7 @@ def evaluate_main(argv: list[str]) -> int:
             parser.set_defaults_with_config(**read_config(config))
         flags = vars(parser.parse_args(argv))
         settings = EvaluationArguments(**{name: value for name, value in flags.items() if name != "config"})
-        PartialState()
+        join_processes()
         logging.set_verbosity_error()
         record = evaluate(settings)
         if rank_and_world()[0] == 0:

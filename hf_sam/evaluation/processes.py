@@ -4,6 +4,7 @@ Without Accelerate's state (a script, a notebook) there is one process; a measur
 """
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
@@ -22,6 +23,29 @@ def rank_and_world() -> tuple[int, int]:
         return 0, 1
     state = PartialState()
     return state.process_index, state.num_processes
+
+
+def join_processes() -> None:
+    """Set up what a launcher started; alone, this is one process.
+
+    Raises:
+        RuntimeError: if the launcher started several processes that did not find each other.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and not torch.accelerator.is_available():
+        # Left to itself, accelerate takes processes on the CPU for separate runs.
+        PartialState(cpu=True, backend="gloo")
+    else:
+        PartialState()
+    if started != rank_and_world()[1]:
+        raise RuntimeError(f"{started} processes were started, but accelerate knows of {rank_and_world()[1]}.")
+
+
+def default_device() -> torch.device:
+    """The device of this process."""
+    if PartialState._shared_state:
+        return PartialState().device
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def share(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:

@@ -22,7 +22,7 @@ from .hessian import hessian_spectrum
 from .landscape import loss_along_line, loss_on_plane, loss_on_random_plane
 from .loss import held_out_loss
 from .noise import noise_kl, noise_sensitivity
-from .processes import rank_and_world, titled
+from .processes import default_device, rank_and_world, titled
 from .quantization import quantized
 from .requirements import need
 from .settings import EvaluationArguments
@@ -361,9 +361,7 @@ def _device(choice: str):
     """The `device_map` to load models with."""
     if choice:
         return choice if choice == "auto" else {"": choice}
-    from accelerate.state import PartialState
-
-    return {"": PartialState().device}
+    return {"": default_device()}
 
 
 def _documents(data: HeldOutData) -> dict:

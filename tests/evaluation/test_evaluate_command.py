@@ -1,8 +1,11 @@
 """`hf-sam evaluate`: the numbers of the functions, a record, a report; interrupted and resumed; refused in time."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -257,3 +260,27 @@ def test_help_and_missing_packages(capsys, monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "scipy" else real(name))
     assert cli.main(["evaluate", "--base", "x"]) == 1
     assert "pip install 'hf-sam[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(shelf, tmp_path):
+    """`accelerate launch` underneath; each process computes half of the batches."""
+    flags = ("--quantize", "nf4", "rtn3", "--wise_ft", "0.5", "--sharpness", "kl", "sam", "--similarity")
+    assert cli.main(command(shelf, tmp_path / "one", *flags, tuned=["tuned1"])) == 0
+    launched = command(shelf, tmp_path / "two", *flags, "--multi_gpu", "--num_processes", "2", tuned=["tuned1"])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_sam", *launched], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("report.html") == 1
+    one, two = (Results.read(tmp_path / name) for name in ("one", "two"))
+    assert two.record["environment"]["processes"] == 2
+    for mine, theirs in zip(two.record["parts"], one.record["parts"], strict=True):
+        assert [mine[key] for key in ("part", "model", "variant", "data")] == [
+            theirs[key] for key in ("part", "model", "variant", "data")
+        ]
+        for key, value in theirs["result"].items():
+            if isinstance(value, float):
+                # Sums in another order; SAM sharpness is a difference of two losses.
+                assert mine["result"][key] == pytest.approx(value, rel=1e-4 if mine["part"] == "sam" else 1e-7), key
