@@ -5,7 +5,8 @@
 A small OLMo-2 is pretrained on real text at a constant learning rate. From that one checkpoint it is annealed with
 AdamW, with SAM, with AdamW over a much shorter anneal, and with AdamW over twice the steps (the passes that SAM takes).
 Each result is fine-tuned on math word problems at several learning rates, and quantized to 4-bit NF4. The table shows
-what each lost and where it ended; `results.json` and a plot go to --output_dir.
+what each lost and where it ended; `results.json` and a plot go to --output_dir, and so do all models and the held-out
+text, for `hf-sam evaluate`.
 """
 
 import importlib.metadata
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -25,12 +27,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
-from quickstart_data import load_corpus, pack, train_tokenizer, without_common_padding, word_problems
-from quickstart_measure import forgetting_at, load_nf4, matched_loss, mean_loss, plot, table
+from datasets import Dataset
+from quickstart_data import load_corpus, pack, problem_texts, tokenized, train_tokenizer, without_common_padding
+from quickstart_measure import forgetting_there, matched_loss, plot, table
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, Olmo2Config, Olmo2ForCausalLM, TrainerCallback
 
 from hf_sam import SAMTrainer, SAMTrainingArguments
+from hf_sam.evaluation import held_out_loss, load_quantized
 
 VOCABULARY = 512
 
@@ -64,6 +68,7 @@ class Quickstart:
     held_out_text: object
     train_problems: object
     held_out_problems: object
+    tokenizer: object
     bar: tqdm
 
     @property
@@ -72,7 +77,7 @@ class Quickstart:
 
     def arguments(self, name: str, **overrides) -> SAMTrainingArguments:
         defaults = {
-            "output_dir": str(self.output_dir / name),
+            "output_dir": str(self.output_dir / folder(name)),
             "per_device_train_batch_size": 16,
             "adam_beta2": 0.95,
             "weight_decay": 0.1,
@@ -98,6 +103,13 @@ class Quickstart:
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=resume_from)
         return trainer
+
+    def save(self, model, name: str, kind: str) -> Path:
+        """Save a model with its tokenizer; returns the folder."""
+        path = self.output_dir / folder(name) / kind
+        model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        return path
 
     def pretrain(self, name: str, anneal_steps: int, resume_from: str | None = None, **sam):
         """Pretrain at a constant rate and anneal; with `resume_from`, only the anneal, from that checkpoint."""
@@ -184,13 +196,16 @@ def run(settings: QuickstartArguments) -> dict:
         train_documents, held_out_documents = load_corpus(settings.text_file)
         tokenizer = train_tokenizer(train_documents, VOCABULARY)
         tokenizer.save_pretrained(output_dir / "tokenizer")
-        problems = word_problems(tokenizer, count=1280, length=288, seed=settings.seed)
+        texts = problem_texts(tokenizer, count=1280, length=288, seed=settings.seed)
+        problems = tokenized(texts, tokenizer, length=288)
+        save_held_out(output_dir / "data", held_out_documents, texts[1024:])
         quickstart = Quickstart(
             settings,
             train_text=pack(train_documents, tokenizer, length=128),
             held_out_text=pack(held_out_documents, tokenizer, length=128).take(320),
             train_problems=problems.select(range(1024)),
             held_out_problems=problems.select(range(1024, 1280)),
+            tokenizer=tokenizer,
             bar=bar,
         )
         checkpoint = None
@@ -198,13 +213,12 @@ def run(settings: QuickstartArguments) -> dict:
         for name, anneal in anneals.items():
             model = quickstart.pretrain(name, resume_from=checkpoint, **anneal)
             # The first run passes through the state that all the others start from.
-            checkpoint = checkpoint or str(output_dir / name / f"checkpoint-{settings.pretrain_steps}")
+            checkpoint = checkpoint or str(output_dir / folder(name) / f"checkpoint-{settings.pretrain_steps}")
             passes = anneal["anneal_steps"] * (2 if "sam_rho" in anneal else 1)
             results[name] = measure(quickstart, name, model) | {"passes": passes}
     matched = matched_loss(results)
     for result in results.values():
-        at_matched = None if matched is None else forgetting_at(matched, result["fine_tuning"])
-        result["forgetting_at_matched_task_loss"] = at_matched
+        result["forgetting_at_matched_task_loss"] = forgetting_there(matched, result)
     parameters = sum(param.numel() for param in new_model(settings.seed).parameters())
     return {
         "settings": asdict(settings),
@@ -219,24 +233,41 @@ def run(settings: QuickstartArguments) -> dict:
 
 def measure(quickstart: Quickstart, name: str, model) -> dict:
     """Base loss, 4-bit damage and the fine-tuning sweep of one annealed model."""
-    path = quickstart.output_dir / name / "model"
-    model.save_pretrained(path)
-    base_loss = mean_loss(model, quickstart.held_out_text)
+    path = quickstart.save(model, name, "model")
+    base_loss = loss_of(model, quickstart.held_out_text)
     quickstart.bar.set_description(f"{name}, 4-bit")
-    nf4_loss = mean_loss(load_nf4(path), quickstart.held_out_text)
+    nf4_loss = loss_of(load_quantized(path, "nf4")[0], quickstart.held_out_text)
     runs = []
     for learning_rate in quickstart.settings.fine_tune_learning_rates:
         tuned = quickstart.fine_tune(path, name, learning_rate)
-        loss = mean_loss(tuned, quickstart.held_out_text)
+        quickstart.save(tuned, name, f"tuned-{learning_rate:g}")
+        loss = loss_of(tuned, quickstart.held_out_text)
         runs.append(
             {
                 "learning_rate": learning_rate,
-                "task_loss": mean_loss(tuned, quickstart.held_out_problems),
+                "task_loss": loss_of(tuned, quickstart.held_out_problems),
                 "held_out_loss": loss,
                 "forgetting": loss - base_loss,
             }
         )
     return {"base_loss": base_loss, "nf4_loss": nf4_loss, "nf4_damage": nf4_loss - base_loss, "fine_tuning": runs}
+
+
+def loss_of(model, rows) -> float:
+    """Loss in nats per predicted token."""
+    return held_out_loss(model, rows, batch_size=32).loss
+
+
+def folder(name: str) -> str:
+    """A name for the command line."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower())
+
+
+def save_held_out(path: Path, documents: list[str], problems: list[dict]) -> None:
+    """The held-out text and problems, as `hf-sam evaluate` reads them."""
+    path.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict({"text": documents}).to_json(path / "prose.jsonl")
+    Dataset.from_list(problems).to_json(path / "problems.jsonl")
 
 
 def environment() -> dict:

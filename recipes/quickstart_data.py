@@ -104,31 +104,40 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int) 
     return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
 
 
-def word_problems(tokenizer: PreTrainedTokenizerFast, count: int, length: int, seed: int) -> datasets.Dataset:
-    """`count` word problems with worked solutions, padded to `length`; the loss is over the solution only.
+def problem_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int, seed: int) -> list[dict[str, str]]:
+    """`count` word problems as `prompt` with a worked solution as `completion`, of at most `length` tokens together.
 
-    Problems that do not fit into `length` tokens are left out and replaced by the next ones.
+    Problems that do not fit are left out and replaced by the next ones.
     """
     import reasoning_gym
 
-    source = reasoning_gym.create_dataset("gsm_symbolic", size=4 * count, seed=seed)
+    texts = []
+    for problem in reasoning_gym.create_dataset("gsm_symbolic", size=4 * count, seed=seed):
+        text = {
+            "prompt": f"Question: {_one_line(problem['question'])}\nAnswer:",
+            "completion": f" {_one_line(problem['metadata']['answer_cot'])}",
+        }
+        if sum(len(tokenizer(part)["input_ids"]) for part in text.values()) + 1 <= length:
+            texts.append(text)
+        if len(texts) == count:
+            return texts
+    raise ValueError(
+        f"Only {len(texts)} of {4 * count} word problems fit into {length} tokens, and {count} are needed. "
+        "Raise the sequence length."
+    )
+
+
+def tokenized(texts: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, length: int) -> datasets.Dataset:
+    """Prompts and completions padded to `length`; the loss is over the completion only."""
     columns: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for problem in source:
-        prompt = tokenizer(f"Question: {_one_line(problem['question'])}\nAnswer:")["input_ids"]
-        solution = tokenizer(f" {_one_line(problem['metadata']['answer_cot'])}")["input_ids"]
-        ids = [*prompt, *solution, tokenizer.eos_token_id]
-        if len(ids) > length:
-            continue
+    for text in texts:
+        prompt = tokenizer(text["prompt"])["input_ids"]
+        ids = [*prompt, *tokenizer(text["completion"])["input_ids"], tokenizer.eos_token_id]
         padding = length - len(ids)
         columns["input_ids"].append(ids + [tokenizer.pad_token_id] * padding)
         columns["attention_mask"].append([1] * len(ids) + [0] * padding)
         columns["labels"].append([IGNORED] * len(prompt) + ids[len(prompt) :] + [IGNORED] * padding)
-        if len(columns["labels"]) == count:
-            return datasets.Dataset.from_dict(columns).with_format("torch")
-    raise ValueError(
-        f"Only {len(columns['labels'])} of {4 * count} word problems fit into {length} tokens, and {count} are needed. "
-        "Raise the sequence length."
-    )
+    return datasets.Dataset.from_dict(columns).with_format("torch")
 
 
 def without_common_padding(rows: list[dict]) -> dict[str, torch.Tensor]:

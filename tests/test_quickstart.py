@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import olmo2, token_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_sam.evaluation import held_out_loss
+from hf_sam.evaluation.sources import load_held_out
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -16,8 +19,16 @@ sys.path.insert(0, str(RECIPES))
 datasets = pytest.importorskip("datasets", reason="the quickstart needs the extra 'recipes'")
 pytest.importorskip("bitsandbytes", reason="the quickstart needs the extra 'recipes'")
 
-from quickstart_data import IGNORED, docstrings, load_corpus, pack, train_tokenizer, word_problems  # noqa: E402
-from quickstart_measure import forgetting_at, matched_loss, mean_loss, table  # noqa: E402
+from quickstart_data import (  # noqa: E402
+    IGNORED,
+    docstrings,
+    load_corpus,
+    pack,
+    problem_texts,
+    tokenized,
+    train_tokenizer,
+)
+from quickstart_measure import forgetting_there, matched_loss, table  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +61,18 @@ def test_quickstart_runs_and_writes_what_it_says(tmp_path, documents):
         assert 0 < result["base_loss"] < 7
     assert report["environment"]["torch"] == torch.__version__
     assert (tmp_path / "learning_forgetting.png").stat().st_size > 10_000
+    # Everything is there for the command line, and gives the same losses.
+    for kind in ("model", *(f"tuned-{run['learning_rate']:g}" for run in report["results"]["AdamW"]["fine_tuning"])):
+        assert (tmp_path / "adamw-shortened" / kind / "model.safetensors").exists()
+        assert (tmp_path / "adamw-shortened" / kind / "tokenizer.json").exists()
+    _, problems = load_held_out(
+        str(tmp_path / "data" / "problems.jsonl"),
+        AutoTokenizer.from_pretrained(tmp_path / "adamw" / "model"),
+        column="completion",
+    )
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "adamw" / "tuned-0.0002")
+    recorded = report["results"]["AdamW"]["fine_tuning"][0]["task_loss"]
+    assert held_out_loss(tuned, problems).loss == pytest.approx(recorded, rel=1e-5)
     # All four come from one checkpoint, and the SAM phase made a difference.
     losses = {name: result["base_loss"] for name, result in report["results"].items()}
     assert len(set(losses.values())) == 4
@@ -72,7 +95,7 @@ def test_packing_keeps_every_token_in_order(documents, tokenizer):
 
 def test_word_problems_train_on_the_solution_only(tokenizer):
     pytest.importorskip("reasoning_gym", reason="the quickstart needs the extra 'recipes'")
-    rows = word_problems(tokenizer, count=4, length=400, seed=1)
+    rows = tokenized(problem_texts(tokenizer, count=4, length=400, seed=1), tokenizer, length=400)
     assert len(rows) == 4
     for row in rows:
         prompt = tokenizer.decode(row["input_ids"][(row["labels"] == IGNORED) & (row["attention_mask"] == 1)])
@@ -82,21 +105,7 @@ def test_word_problems_train_on_the_solution_only(tokenizer):
         assert solution.endswith("<eos>")
         assert "Question" not in solution
     with pytest.raises(ValueError, match="Raise the sequence length"):
-        word_problems(tokenizer, count=4, length=20, seed=1)
-
-
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_mean_loss_is_per_token_whatever_the_batches(batch_size):
-    model, rows = olmo2().eval(), token_dataset(rows=12)
-    dataset = datasets.Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows]).with_format("torch")
-    total, tokens = 0.0, 0
-    for row in rows:
-        real = int(row["attention_mask"].sum())
-        ids = row["input_ids"][:real].unsqueeze(0)
-        log_probabilities = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        total -= log_probabilities.gather(1, ids[0, 1:, None]).sum().item()
-        tokens += real - 1
-    assert mean_loss(model, dataset, batch_size) == pytest.approx(total / tokens, abs=1e-5)
+        problem_texts(tokenizer, count=4, length=20, seed=1)
 
 
 def sweep(*points):
@@ -104,11 +113,11 @@ def sweep(*points):
 
 
 def test_forgetting_is_interpolated_inside_and_refused_outside_the_sweep():
-    runs = sweep((3.0, 0.1), (2.0, 0.5), (1.0, 1.5))
-    assert forgetting_at(2.5, runs) == pytest.approx(0.3)
-    assert forgetting_at(1.0, runs) == pytest.approx(1.5)
-    assert forgetting_at(0.9, runs) is None
-    assert forgetting_at(3.1, runs) is None
+    result = {"fine_tuning": sweep((3.0, 0.1), (2.0, 0.5), (1.0, 1.5))}
+    assert forgetting_there(2.5, result) == pytest.approx(0.3)
+    assert forgetting_there(1.0, result) == pytest.approx(1.5)
+    assert forgetting_there(0.9, result) is None
+    assert forgetting_there(None, result) is None
 
 
 def test_sweeps_that_share_no_task_loss_read_missing():
