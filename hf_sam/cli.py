@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 1
     if command == "report":
-        from .evaluation.command import report_main
+        from .report.command import report_main
 
         return report_main(rest)
     return _start(command, rest)
@@ -121,7 +121,7 @@ def _is_launched() -> bool:
 def _program(command: str) -> Callable[[list[str]], int | None]:
     """What runs in this process."""
     if command == "evaluate":
-        from .evaluation.command import evaluate_main
+        from .report.command import evaluate_main
 
         return evaluate_main
     if command == "clm":
@@ -138,7 +138,7 @@ def _program(command: str) -> Callable[[list[str]], int | None]:
 def _parser(command: str):
     """The parser of the program, with the flags of SAM in a group of their own in the help."""
     if command == "evaluate":
-        from .evaluation.command import EvaluateParser
+        from .report.command import EvaluateParser
 
         return EvaluateParser()
     if command == "clm":

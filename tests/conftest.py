@@ -35,3 +35,11 @@ def files(tmp_path_factory):
         rows(kind, count=8).to_json(folder / name / "test.jsonl")
     (folder / "corpus.txt").write_text("\n".join(row["text"] for row in rows("text")))
     return folder
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory):
+    """Models and data on disk, as `hf-sam evaluate` names them."""
+    from shelf import fill
+
+    return fill(tmp_path_factory.mktemp("shelf"))

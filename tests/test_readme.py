@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy
 from toy import olmo2, token_dataset
 
 from hf_sam import SAMArguments
@@ -72,6 +73,45 @@ def test_the_commands_have_the_flags_that_are_shown(command):
     # The rest is for the launcher, which knows it.
     launcher = launch_command_parser().parse_args([*resolve_accelerate_config_argument(unknown), "script.py"])
     assert launcher.training_script == "script.py"
+
+
+def test_the_measures_run_as_shown(tmp_path, capsys):
+    from toy_evaluation import moved, sharp_olmo2
+    from toy_trl import rows, tokenizer
+
+    programs = [block for block in code_blocks("python") if "hf_sam.evaluation" in block]
+    base = sharp_olmo2()
+    names = {"dataset": rows("text", count=8), "tokenizer": tokenizer(), "base": base, "tuned": moved(base, 0.02)}
+    exec(programs[0], names)
+    forgot = float(capsys.readouterr().out.split()[0])
+    assert forgot == pytest.approx(names["after"].loss - names["before"].loss, abs=1e-4)
+    names["trainer"] = toy.trainer(tmp_path, max_steps=1)
+    exec(programs[1], names)
+    names["trainer"].train()
+    assert "forgetting/forgetting" in names["trainer"].state.log_history[-1]
+
+
+def test_every_measure_that_is_named_exists():
+    import hf_sam.baselines
+    import hf_sam.evaluation
+
+    section = README.split("## Measure what it did")[1].split("\n## ")[0]
+    table, baselines = section.split("**Other ways to forget less**")
+    tables = "\n".join(line for line in table.splitlines() if line.startswith("| "))
+    named = set(re.findall(r"`(\w+)[`(]", tables)) - {"evaluate", "hf_sam"}
+    assert len(named) > 20
+    assert named <= set(hf_sam.evaluation.__all__)
+    assert set(re.findall(r"`(\w+(?:Mixin|_\w+|config))`", baselines)) - {"hf_sam"} <= set(hf_sam.baselines.__all__)
+
+
+@pytest.mark.parametrize("command", re.findall(r"^hf-sam evaluate .*$", README, re.MULTILINE))
+def test_the_evaluations_have_the_flags_that_are_shown(command):
+    from hf_sam.report import EvaluationArguments
+    from hf_sam.report.command import EvaluateParser
+
+    flags = vars(EvaluateParser().parse_args(shlex.split(command)[2:]))
+    flags.pop("config")
+    assert EvaluationArguments(**flags).base
 
 
 def test_every_flag_is_in_the_table_and_nothing_else():

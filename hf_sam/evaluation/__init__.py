@@ -11,7 +11,7 @@ depend on batch size, padding, packing or the number of processes.
 - similarity: [`representation_similarity`], [`weight_distance`]
 - benchmarks: [`run_benchmarks`], [`score_change`]
 - during training: [`ForgettingCallback`], [`SharpnessCallback`]
-- all of it: [`evaluate`], [`write_report`], [`write_comparison`], `hf-sam evaluate`, `hf-sam report`
+- all of it at once: `hf_sam.report`, `hf-sam evaluate`
 """
 
 import importlib
@@ -21,7 +21,6 @@ from pathlib import Path
 _HOME = {
     "benchmarks": ("OLMES_CORE_9", "BenchmarkResult", "run_benchmarks", "score_change"),
     "callbacks": ("ForgettingCallback", "SharpnessCallback"),
-    "compare": ("write_comparison",),
     "data": ("HeldOutData",),
     "estimate": ("Estimate",),
     "frontier": (
@@ -47,9 +46,6 @@ _HOME = {
         "quantized",
         "round_to_nearest",
     ),
-    "report": ("write_report",),
-    "run": ("evaluate",),
-    "settings": ("EvaluationArguments",),
     "sharpness": ("SAMSharpness", "sam_sharpness"),
     "similarity": ("RepresentationSimilarity", "WeightDistance", "representation_similarity", "weight_distance"),
 }

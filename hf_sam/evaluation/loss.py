@@ -139,7 +139,7 @@ class TokenSums:
         self._reach(int(batch.documents.max()) + 1)
         if counts:
             documents = batch.documents[:, 1:][batch.labels[:, 1:] != IGNORED].cpu().numpy()
-            np.add.at(self._sums, documents, values.double().cpu().numpy())
+            np.add.at(self._sums, documents, values.cpu().double().numpy())
             np.add.at(self._counts, documents, 1)
 
     def totals(self) -> tuple[np.ndarray, np.ndarray]:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .processes import from_first, rank_and_world
-from .quantization import check_disk
-from .requirements import MeasurementError
+from ..evaluation.processes import from_first, rank_and_world
+from ..evaluation.quantization import check_disk
+from ..evaluation.requirements import MeasurementError
 
 # What a large evaluation writes: results of some thousand documents, and plots.
 _SPACE = 64 << 20

@@ -7,10 +7,11 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from .compare import write_comparison
-from .processes import join_processes, rank_and_world
-from .report import Results, evaluation_report, write_report
-from .requirements import MeasurementError
+from ..evaluation.processes import join_processes, rank_and_world
+from ..evaluation.requirements import MeasurementError
+from .comparison import write_comparison
+from .pages import evaluation_report, write_report
+from .results import Results
 from .run import evaluate
 from .settings import EvaluationArguments
 

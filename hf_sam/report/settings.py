@@ -4,8 +4,8 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from .benchmarks import FEW_SHOT, OLMES_CORE_9
-from .quantization import SCHEMES, check_scheme
+from ..evaluation.benchmarks import FEW_SHOT, OLMES_CORE_9
+from ..evaluation.quantization import SCHEMES, check_scheme
 
 SHARPNESS = ("kl", "noise", "sam", "hessian")
 LANDSCAPES = ("line", "plane", "random")

@@ -14,18 +14,15 @@ from toy_trl import rows, tokenizer
 
 from hf_sam import cli
 from hf_sam.evaluation import (
-    EvaluationArguments,
     HeldOutData,
-    evaluate,
     forgetting,
     held_out_loss,
     hessian_spectrum,
     load_quantized,
     noise_kl,
-    run,
 )
-from hf_sam.evaluation.report import Results
 from hf_sam.evaluation.sources import find_model
+from hf_sam.report import EvaluationArguments, Results, evaluate, run
 
 SETTINGS = ["--max_length", "64"]
 
@@ -273,7 +270,7 @@ def test_two_processes_measure_what_one_does(shelf, tmp_path):
         [sys.executable, "-m", "hf_sam", *launched], env=environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("report.html") == 1
+    assert done.stdout.count("report.html") == 1  # the first process writes
     one, two = (Results.read(tmp_path / name) for name in ("one", "two"))
     assert two.record["environment"]["processes"] == 2
     for mine, theirs in zip(two.record["parts"], one.record["parts"], strict=True):

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from hf_sam import cli
-from hf_sam.evaluation.compare import comparison_report
-from hf_sam.evaluation.report import Results
+from hf_sam.report import Results
+from hf_sam.report.comparison import comparison_report
 
 TOKENS = [100, 80, 120, 90]
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..evaluation.frontier import forgetting_reduction, inflection_point
+from ..evaluation.loss import forgetting
+from ..evaluation.plots import plot_frontier
 from .document import Document
-from .frontier import forgetting_reduction, inflection_point
-from .loss import forgetting
-from .plots import plot_frontier
-from .report import Results, _error
+from .pages import error_text
+from .results import Results
 
 
 def write_comparison(
@@ -167,7 +168,7 @@ def _sharpness(document: Document, results: Sequence[Results]) -> None:
             if values is None or _sharpness_settings(one) != _sharpness_settings(results[0]):
                 row.append("missing")
             else:
-                row.append(f"{values[key]:.4g}" + (f" ± {_error(values[error])}" if error else ""))
+                row.append(f"{values[key]:.4g}" + (f" ± {error_text(values[error])}" if error else ""))
         rows.append(row)
     if any(cell != "missing" for row in rows for cell in row[1:]):
         document.heading("Sharpness of the base models")

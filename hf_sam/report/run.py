@@ -5,30 +5,24 @@ data, tasks and packages are known to be there.
 """
 
 import contextlib
-import gc
-import importlib.metadata
-import platform
-import sys
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..baselines.wise_ft import wise_ft
-from .benchmarks import check_tasks, load_tasks, run_benchmarks
-from .data import HeldOutData
-from .hessian import hessian_spectrum
-from .landscape import loss_along_line, loss_on_plane, loss_on_random_plane
-from .loss import held_out_loss
-from .noise import noise_kl, noise_sensitivity
-from .processes import default_device, rank_and_world, titled
-from .quantization import quantized
-from .requirements import need
-from .settings import EvaluationArguments
-from .sharpness import sam_sharpness
-from .similarity import representation_similarity, weight_distance
-from .sources import (
+from ..evaluation.benchmarks import check_tasks, load_tasks, run_benchmarks
+from ..evaluation.data import HeldOutData
+from ..evaluation.hessian import hessian_spectrum
+from ..evaluation.landscape import loss_along_line, loss_on_plane, loss_on_random_plane
+from ..evaluation.loss import held_out_loss
+from ..evaluation.noise import noise_kl, noise_sensitivity
+from ..evaluation.processes import rank_and_world, titled
+from ..evaluation.requirements import need
+from ..evaluation.sharpness import sam_sharpness
+from ..evaluation.similarity import representation_similarity, weight_distance
+from ..evaluation.sources import (
     ModelSource,
     check_same_tokens,
     find_model,
@@ -36,9 +30,10 @@ from .sources import (
     load_held_out,
     with_distinct_names,
 )
+from .environment import environment, versions
+from .models import Models
+from .settings import EvaluationArguments
 from .store import PartStore, write_json
-
-_PACKAGES = ("hf-sam", "torch", "transformers", "accelerate", "bitsandbytes", "peft", "datasets", "lm-eval", "scipy")
 
 
 def evaluate(settings: EvaluationArguments) -> dict:
@@ -58,11 +53,9 @@ class Evaluation:
     def __init__(self, settings: EvaluationArguments):
         self.settings = settings
         self.started = time.time()
-        self.device = _device(settings.device)
-        self.dtype = getattr(torch, settings.dtype)
         self._check_packages()
-        versions = environment()
-        self.store = PartStore(settings.output, {name: versions[name] for name in _PACKAGES if name in versions})
+        self.store = PartStore(settings.output, versions())
+        self.models = Models(getattr(torch, settings.dtype), settings.device)
         self.sources = with_distinct_names([find_model(spec) for spec in (settings.base, *settings.tuned)])
         self.base, *self.tuned = self.sources
         self.tokenizer = self.base.tokenizer()
@@ -89,7 +82,6 @@ class Evaluation:
                 "seed": settings.seed,
             }
         self._tasks_loaded = False
-        self._models: dict[str, torch.nn.Module] = {}
 
     def _check_packages(self):
         need("datasets", "An evaluation")
@@ -129,8 +121,8 @@ class Evaluation:
     def _measure(self, source: ModelSource):
         settings = self.settings
         about = {"model": source.name}
-        with self._kept_while_in_use():
-            self._losses_and_benchmarks(about, source, "", {}, self._plain(source))
+        with self.models.kept_inside():
+            self._losses_and_benchmarks(about, source, "", {}, lambda: self.models.plain(source))
             for kind in settings.sharpness:
                 self._sharpness(about, source, kind)
             if "random" in settings.landscape:
@@ -138,7 +130,7 @@ class Evaluation:
                     {"part": "random plane", **about},
                     {**_weights(source), **_documents(self.sharpness_data), "seed": settings.seed},
                     lambda: loss_on_random_plane(
-                        self._model(source), self.sharpness_data, seed=settings.seed, batch_size=settings.batch_size
+                        self.models.get(source), self.sharpness_data, seed=settings.seed, batch_size=settings.batch_size
                     ).to_dict(),
                     may_fail=True,
                 )
@@ -146,9 +138,11 @@ class Evaluation:
                 self._compared_with_base(about, source)
                 for alpha in settings.wise_ft:
                     variant, depends = f"wise-ft {alpha:g}", {"base": self.base.fingerprint}
-                    self._losses_and_benchmarks(about, source, variant, depends, self._interpolated(source, alpha))
+                    opened = functools.partial(self.models.interpolated, self.base, source, alpha)
+                    self._losses_and_benchmarks(about, source, variant, depends, opened)
             for scheme in settings.quantize:
-                self._losses_and_benchmarks(about, source, scheme, {}, self._quantized(source, scheme))
+                opened = functools.partial(self.models.quantized, source, scheme)
+                self._losses_and_benchmarks(about, source, scheme, {}, opened)
 
     def _losses_and_benchmarks(self, about: dict, source: ModelSource, variant: str, extra: dict, opened: Callable):
         """Held-out losses and benchmarks of one variant of a model; `opened()` is the context to measure it in."""
@@ -206,7 +200,7 @@ class Evaluation:
         self._part(
             {"part": kind, **about},
             depends,
-            lambda: measures[kind](self._model(source), self.sharpness_data).to_dict(),
+            lambda: measures[kind](self.models.get(source), self.sharpness_data).to_dict(),
             may_fail=True,
         )
 
@@ -219,7 +213,7 @@ class Evaluation:
                 {"part": "line", **about},
                 depends,
                 lambda: loss_along_line(
-                    self._model(self.base), self._model(source), self.sharpness_data, **common
+                    self.models.get(self.base), self.models.get(source), self.sharpness_data, **common
                 ).to_dict(),
                 may_fail=True,
             )
@@ -227,7 +221,7 @@ class Evaluation:
             self._part({"part": "similarity", **about}, depends, lambda: self._similarity(source), may_fail=True)
 
     def _similarity(self, source: ModelSource) -> dict:
-        base, tuned = self._model(self.base), self._model(source)
+        base, tuned = self.models.get(self.base), self.models.get(source)
         # The rank that the small models of a smoke test allow.
         rank = min(10, base.config.hidden_size // 2)
         hidden = representation_similarity(
@@ -239,12 +233,12 @@ class Evaluation:
         first, second = self.tuned[:2]
         names = (self.base.name, first.name, second.name)
         prints = [source.fingerprint for source in (self.base, first, second)]
-        with self._kept_while_in_use():
+        with self.models.kept_inside():
             self._part(
                 {"part": "plane", "model": f"{first.name}, {second.name}"},
                 {"weights": prints, **_documents(self.sharpness_data)},
                 lambda: loss_on_plane(
-                    *(self._model(source) for source in (self.base, first, second)),
+                    *(self.models.get(source) for source in (self.base, first, second)),
                     self.sharpness_data,
                     names=names,
                     batch_size=self.settings.batch_size,
@@ -252,56 +246,12 @@ class Evaluation:
                 may_fail=True,
             )
 
-    # What a variant of a model is measured in: contexts that yield the model, and what it was quantized to.
-
-    def _plain(self, source: ModelSource) -> Callable:
-        return lambda: contextlib.nullcontext((self._model(source), None))
-
-    def _interpolated(self, source: ModelSource, alpha: float) -> Callable:
-        @contextlib.contextmanager
-        def opened():
-            sweep = wise_ft(self._model(self.base), self._model(source), [alpha])
-            with contextlib.closing(sweep):
-                yield next(sweep)[1], None
-
-        return opened
-
-    def _quantized(self, source: ModelSource, scheme: str) -> Callable:
-        @contextlib.contextmanager
-        def opened():
-            if scheme.startswith("rtn"):
-                with quantized(self._model(source), scheme) as pair:
-                    yield pair
-                return
-            self._free()
-            yield source.load_quantized(scheme, self.dtype, self.device)
-
-        return opened
-
     def _part(self, about: dict, depends: dict, compute: Callable[[], dict], may_fail: bool = False):
         with titled(f"{about['model']} {about.get('variant', '')}".strip()):
             return self.store.part(*self._key(about, depends), compute, may_fail)
 
     def _key(self, about: dict, depends: dict) -> tuple[dict, dict]:
         return {"variant": "", "data": "", **about}, {**depends, "dtype": self.settings.dtype}
-
-    def _model(self, source: ModelSource) -> torch.nn.Module:
-        if source.name not in self._models:
-            self._models[source.name] = source.load(self.dtype, self.device)
-        return self._models[source.name]
-
-    @contextlib.contextmanager
-    def _kept_while_in_use(self):
-        try:
-            yield
-        finally:
-            self._free()
-
-    def _free(self):
-        self._models.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def record(self) -> dict:
         """What `results.json` holds."""
@@ -329,39 +279,8 @@ class Evaluation:
         }
 
 
-def environment() -> dict:
-    """Versions and hardware that the figures belong to."""
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    accelerators = []
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
-        module = torch.get_device_module(kind)
-        names = getattr(module, "get_device_name", lambda index: kind)
-        accelerators = [names(index) for index in range(torch.accelerator.device_count())]
-    return {
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "accelerators": accelerators,
-        "processes": rank_and_world()[1],
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        **versions,
-    }
-
-
 def _weights(source: ModelSource) -> dict:
     return {"weights": source.fingerprint}
-
-
-def _device(choice: str):
-    """The `device_map` to load models with."""
-    if choice:
-        return choice if choice == "auto" else {"": choice}
-    return {"": default_device()}
 
 
 def _documents(data: HeldOutData) -> dict:

@@ -1,16 +1,15 @@
 """Models and data on disk, as the command line names them."""
 
-import pytest
+from pathlib import Path
+
 from toy_evaluation import moved, sharp_olmo2
 from toy_trl import rows, tokenizer
 
 
-@pytest.fixture(scope="session")
-def shelf(tmp_path_factory):
+def fill(folder: Path) -> Path:
     """A base, three tuned models, an adapter, and data of several forms."""
     from peft import LoraConfig, get_peft_model
 
-    folder = tmp_path_factory.mktemp("shelf")
     base = sharp_olmo2(initializer_range=0.1)
     models = {"base": base, **{f"tuned{i}": moved(base, 0.01 * i, seed=i) for i in (1, 2, 3)}}
     for name, model in models.items():

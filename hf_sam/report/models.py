@@ -1,0 +1,71 @@
+"""The models of an evaluation: loaded when first asked for, in every variant that is measured, and let go."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+import torch
+
+from ..baselines.wise_ft import wise_ft
+from ..evaluation.processes import default_device
+from ..evaluation.quantization import Quantized, quantized
+from ..evaluation.sources import ModelSource
+
+# A model, and what it was quantized to.
+Variant = tuple[torch.nn.Module, Quantized | None]
+
+
+class Models:
+    """Keeps models until they are let go.
+
+    Args:
+        dtype (`torch.dtype`): in which they are loaded.
+        device (`str`): where; "auto" spreads each over all devices; empty takes the device of this process.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: str):
+        self.dtype = dtype
+        self.device_map = "auto" if device == "auto" else {"": device or default_device()}
+        self._loaded: dict[str, torch.nn.Module] = {}
+
+    def get(self, source: ModelSource) -> torch.nn.Module:
+        """The model in full precision."""
+        if source.name not in self._loaded:
+            self._loaded[source.name] = source.load(self.dtype, self.device_map)
+        return self._loaded[source.name]
+
+    @contextlib.contextmanager
+    def plain(self, source: ModelSource) -> Iterator[Variant]:
+        """The model as it is."""
+        yield self.get(source), None
+
+    @contextlib.contextmanager
+    def interpolated(self, base: ModelSource, source: ModelSource, alpha: float) -> Iterator[Variant]:
+        """Part of the way from the base to the model (Wise-FT)."""
+        with contextlib.closing(wise_ft(self.get(base), self.get(source), [alpha])) as sweep:
+            yield next(sweep)[1], None
+
+    @contextlib.contextmanager
+    def quantized(self, source: ModelSource, scheme: str) -> Iterator[Variant]:
+        """The model in few bits."""
+        if scheme.startswith("rtn"):
+            with quantized(self.get(source), scheme) as variant:
+                yield variant
+            return
+        self.release()
+        yield source.load_quantized(scheme, self.dtype, self.device_map)
+
+    @contextlib.contextmanager
+    def kept_inside(self) -> Iterator[None]:
+        """Inside, models that were loaded stay; afterwards all are let go."""
+        try:
+            yield
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let go of all models."""
+        self._loaded.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
