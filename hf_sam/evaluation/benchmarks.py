@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .estimate import Estimate, interval, resampled_counts
+from .estimate import Estimate, interval, resampled_sums
 from .measuring import device_of, measuring
 from .processes import from_first
 from .requirements import MeasurementError, need
@@ -121,7 +121,7 @@ def run_benchmarks(
             fewshot_random_seed=seed,
         )
     # The harness keeps its results to the first process of a machine.
-    results = from_first(None if output is None else {task: _result(task, output) for task in output["samples"]})
+    results = from_first(None if output is None else _results(output))
     if results is None:
         raise MeasurementError("The harness returned no results: is LOCAL_RANK set in a run of one process?")
     return results
@@ -163,25 +163,39 @@ def score_change(
     if before.scores.keys() != after.scores.keys() or before.metric != after.metric:
         raise ValueError(f"The two runs of {before.task!r} have different examples or metrics.")
     change = np.asarray([after.scores[example] - value for example, value in before.scores.items()])
-    counts = resampled_counts(len(change), resamples, seed)
-    return interval(change.mean(), counts @ change / len(change), confidence, len(change))
+    means = resampled_sums(change[:, None], resamples, seed)[:, 0] / len(change)
+    return interval(change.mean(), means, confidence, len(change))
 
 
 def load_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
     """Fetch the data of the tasks, so that what is missing is told before the long work.
 
     Raises:
-        ValueError: if the data of a task cannot be loaded.
+        ValueError: if the data of a task cannot be loaded, or it has no metric that is known here.
     """
     from lm_eval.tasks import get_task_dict
 
     for task in tasks:
         try:
-            get_task_dict([task], _manager(*_where(tasks, include_path)))
+            loaded = _flat(get_task_dict([task], _manager(*_where(tasks, include_path))))
         except Exception as error:  # of datasets, of the hub, of the task's own code
             raise ValueError(
                 f"The data of the task {task!r} cannot be loaded: {type(error).__name__}: {error}"
             ) from error
+        for name, one in loaded.items():
+            if not set(one.aggregation()) & set(_METRICS):
+                raise ValueError(
+                    f"The task {name!r} is judged by {', '.join(one.aggregation())}, none of which is known here: "
+                    f"{', '.join(_METRICS)}."
+                )
+
+
+def _flat(tasks: dict) -> dict:
+    """Tasks by name, out of their groups."""
+    flat = {}
+    for name, task in tasks.items():
+        flat |= _flat(task) if isinstance(task, dict) else {name: task}
+    return flat
 
 
 def _where(tasks: Sequence[str], include_path: str | Path | None) -> tuple[str | None, bool]:
@@ -195,6 +209,17 @@ def _manager(folder: str | None, with_defaults: bool):
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder, include_defaults=with_defaults)
+
+
+def _results(output: dict) -> dict[str, BenchmarkResult]:
+    results = {task: _result(task, output) for task in output["samples"]}
+    # A group is scored by all examples of its tasks together.
+    for group, tasks in (output.get("group_subtasks") or {}).items():
+        parts = [results[task] for task in tasks if task in results]
+        if len({part.metric for part in parts}) == 1 and group not in results:
+            scores = {f"{part.task} {example}": score for part in parts for example, score in part.scores.items()}
+            results[group] = BenchmarkResult(group, parts[0].metric, scores, float(np.mean(list(scores.values()))))
+    return results
 
 
 def _result(task: str, output: dict) -> BenchmarkResult:

@@ -51,7 +51,8 @@ class HeldOutData:
 
     Args:
         rows (`Sequence[Mapping]`): `input_ids`, one document a row, and optionally `labels` (-100 where a token does
-            not count) and `attention_mask` (tokens with 0 are dropped).
+            not count) and `attention_mask` (tokens with 0 are dropped). Packed rows with `seq_lengths` (TRL's) or with
+            `position_ids` that start again at 0 are taken apart into their documents.
         max_length (`int`, *optional*): longest row; whole documents when omitted.
         pad_token_id (`int`, defaults to 0): fills up shorter rows; the model does not attend to it.
 
@@ -71,9 +72,9 @@ class HeldOutData:
                     f"Held-out rows need a column 'input_ids', but have {sorted(row)}. Tokenize text with "
                     "HeldOutData.from_dataset(dataset, tokenizer, column=...)."
                 )
-            ids, labels = _unpadded(row)
-            self.rows.extend(_cut(ids, labels, max_length, self.documents))
-            self.documents += 1
+            for ids, labels in _unpacked(row, *_unpadded(row)):
+                self.rows.extend(_cut(ids, labels, max_length, self.documents))
+                self.documents += 1
         if not self.documents:
             raise ValueError("The held-out data is empty: check the split, and what filters it.")
         if not self.rows:
@@ -97,7 +98,7 @@ class HeldOutData:
         Args:
             dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list`): rows with the text in `column`, or
                 with `prompt` and `completion` (only the completion counts), or with `messages` (the tokenizer's chat
-                template is applied); or a list of strings.
+                template is applied; only the assistant counts if the template marks it); or a list of strings.
             tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model.
             column (`str`, defaults to `"text"`): name of the column of text, or `"messages"`, or `"completion"`.
             max_length (`int`, defaults to 1024): longest row, in tokens; longer documents take several.
@@ -112,8 +113,7 @@ class HeldOutData:
             prompts = [_field(row, "prompt") for row in rows]
             encoded = [_completion(tokenizer, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         elif column == "messages":
-            ids = [tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) for messages in texts]
-            encoded = [{"input_ids": row} for row in ids]
+            encoded = [_chat(tokenizer, messages) for messages in texts]
         else:
             for text in texts:
                 if not isinstance(text, str):
@@ -135,6 +135,11 @@ class HeldOutData:
     def tokens(self) -> int:
         """Number of tokens to predict."""
         return sum(label != IGNORED for row in self.rows for label in row.labels)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest number of a token; the model must have more embeddings."""
+        return max(max(row.input_ids) for row in self.rows)
 
     def fingerprint(self) -> str:
         """Hash of all tokens and labels and how they are cut."""
@@ -187,15 +192,17 @@ def batches_of(data, batch_size: int) -> "Iterable[Batch]":
     if isinstance(data, list) and data and isinstance(data[0], Batch):
         return data
     if isinstance(data, torch.utils.data.DataLoader):
-        if isinstance(data.sampler, torch.utils.data.RandomSampler):
-            raise ValueError(
-                "A dataloader that shuffles has its documents in another order each time, so that they cannot be "
-                "compared or shared out over processes. Pass one with shuffle=False."
-            )
         if type(data).__module__.startswith("accelerate."):
             raise ValueError(
                 "A dataloader prepared by accelerate repeats rows where they do not divide evenly, which would count "
                 "them twice. Pass the dataloader itself: the measures share its batches out over the processes."
+            )
+        stream = isinstance(data.dataset, torch.utils.data.IterableDataset)
+        if not stream and type(data.sampler) is not torch.utils.data.SequentialSampler:
+            raise ValueError(
+                f"A dataloader with a {type(data.sampler).__name__} has its documents in another order each time, or "
+                "only a part of them, so that they cannot be compared or shared out over processes. Pass one with "
+                "shuffle=False and no sampler: the measures share its batches out themselves."
             )
         return _LoaderBatches(data)
     return HeldOutData(data).batches(batch_size)
@@ -299,6 +306,20 @@ def _tokenized(tokenizer, texts: list[str]) -> list[dict]:
     return [{"input_ids": ids} for ids in encoded]
 
 
+def _chat(tokenizer, messages) -> dict:
+    """One conversation; only what the assistant says counts, if the template marks it."""
+    if not tokenizer.chat_template:
+        raise ValueError("The tokenizer has no chat template to turn 'messages' into text with.")
+    marked = "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template
+    encoded = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked
+    )
+    if not marked:
+        return {"input_ids": encoded["input_ids"]}
+    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    return {"input_ids": encoded["input_ids"], "labels": [i if said else IGNORED for i, said in pairs]}
+
+
 def _completion(tokenizer, prompt: str, completion: str) -> dict:
     prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
     ids = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
@@ -317,6 +338,17 @@ def _unpadded(row) -> tuple[list[int], list[int]]:
     if mask is not None:
         ids, labels = ids[mask.astype(bool)], labels[mask.astype(bool)]
     return ids.tolist(), labels.tolist()
+
+
+def _unpacked(row, ids: list[int], labels: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """The documents of a row: those of a packed one are told by `seq_lengths` (TRL) or by `position_ids`."""
+    starts = [0]
+    if row.get("seq_lengths") is not None:
+        starts = [0, *np.cumsum(np.asarray(row["seq_lengths"])).tolist()[:-1]]
+    elif row.get("position_ids") is not None and row.get("attention_mask") is None:
+        starts = np.flatnonzero(np.asarray(row["position_ids"]) == 0).tolist() or [0]
+    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        yield ids[start:stop], labels[start:stop]
 
 
 _ROW = ("input_ids", "labels", "attention_mask")

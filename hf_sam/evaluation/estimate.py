@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Resamples that are in memory at one time.
+_AT_ONCE = 50
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -32,10 +35,25 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high, "confidence": self.confidence}
 
 
-def resampled_counts(documents: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each document is drawn in each resample; shape `(resamples, documents)`, rows sum to `documents`."""
+def resampled_sums(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Sums over as many documents as there are, drawn with replacement, the same ones for all columns.
+
+    Args:
+        values (`np.ndarray`): shape `(documents, columns)`.
+        resamples (`int`): how often to draw.
+        seed (`int`): seed of the draws.
+
+    Returns:
+        `np.ndarray`: shape `(resamples, columns)`.
+    """
     generator = np.random.default_rng(seed)
-    return generator.multinomial(documents, np.full(documents, 1 / documents), size=resamples)
+    documents = len(values)
+    sums = []
+    for start in range(0, resamples, _AT_ONCE):
+        count = min(_AT_ONCE, resamples - start)
+        drawn = generator.multinomial(documents, np.full(documents, 1 / documents), size=count)
+        sums.append(drawn @ values)
+    return np.concatenate(sums)
 
 
 def interval(value: float, resampled: np.ndarray, confidence: float, documents: int) -> Estimate:
@@ -58,8 +76,7 @@ def ratio_interval(
 ) -> Estimate:
     """Sum of numerators over sum of denominators, both by document, with its interval."""
     value = numerators.sum() / denominators.sum()
-    counts = resampled_counts(len(numerators), resamples, seed)
+    above, below = resampled_sums(np.stack([numerators, denominators], axis=1), resamples, seed).T
     # A resample may draw documents without a token only.
-    drawn = counts @ denominators
-    ratios = np.divide(counts @ numerators, drawn, out=np.full(len(drawn), value), where=drawn > 0)
+    ratios = np.divide(above, below, out=np.full(resamples, value), where=below > 0)
     return interval(value, ratios, confidence, len(numerators))

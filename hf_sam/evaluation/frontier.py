@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .estimate import Estimate, interval, resampled_counts
+from .estimate import Estimate, interval, resampled_sums
 from .loss import HeldOutLoss, check_same_documents
 
 
@@ -161,11 +161,10 @@ def forgetting_reduction(
             "no reduction to speak of."
         )
     ratios = []
-    old_counts = resampled_counts(len(runs[0].before.document_tokens), resamples, seed)
-    task_counts = resampled_counts(len(runs[0].task.document_tokens), resamples, seed + 1)
-    drawn = [_resampled(sweep, old_counts, task_counts) for sweep in (reference, method)]
+    points = _resampled(runs, resamples, seed)
+    drawn = points[:, : len(reference)].tolist(), points[:, len(reference) :].tolist()
     for resample in range(resamples):
-        a, b = (_interpolated(task_loss, points[resample]) for points in drawn)
+        a, b = (_interpolated(task_loss, sweep[resample]) for sweep in drawn)
         if a is not None and b is not None and a > 0:
             ratios.append(1 - b / a)
     if not ratios:
@@ -185,14 +184,17 @@ def _points(sweep: Sequence[TunedRun]) -> list[tuple[float, float]]:
     return [(run.task.loss, run.forgetting) for run in sweep]
 
 
-def _resampled(sweep: Sequence[TunedRun], old_counts: np.ndarray, task_counts: np.ndarray) -> list[list]:
-    """(task loss, forgetting) of each run in each resample: a list of resamples of runs of two numbers."""
-    points = []
-    for run in sweep:
-        growth = run.after.document_losses - run.before.document_losses
-        task = task_counts @ run.task.document_losses / np.maximum(task_counts @ run.task.document_tokens, 1)
-        points.append((task, old_counts @ growth / np.maximum(old_counts @ run.before.document_tokens, 1)))
-    return np.asarray(points).transpose(2, 0, 1).tolist()
+def _resampled(runs: Sequence[TunedRun], resamples: int, seed: int) -> np.ndarray:
+    """(task loss, forgetting) of each run in each resample; shape `(resamples, runs, 2)`."""
+
+    def ratios(numerators: list[np.ndarray], tokens: np.ndarray, seed: int) -> np.ndarray:
+        sums = resampled_sums(np.stack([*numerators, tokens], axis=1), resamples, seed)
+        return sums[:, :-1] / np.maximum(sums[:, -1:], 1)
+
+    task = ratios([run.task.document_losses for run in runs], runs[0].task.document_tokens, seed + 1)
+    growth = [run.after.document_losses - run.before.document_losses for run in runs]
+    lost = ratios(growth, runs[0].before.document_tokens, seed)
+    return np.stack([task, lost], axis=2)
 
 
 @dataclass(frozen=True)

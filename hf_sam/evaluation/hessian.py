@@ -1,8 +1,9 @@
 """Curvature of the held-out loss: its largest Hessian eigenvalues and the trace, each with an error estimate.
 
 The Hessian is only ever multiplied with vectors, exactly, by differentiating twice (Pearlmutter 1994), over all of the
-data and all processes. Eigenvalues come from SciPy's `eigsh` (implicitly restarted Lanczos), the trace from
-Hutchinson's estimator on what the eigenvectors leave over, as in Hutch++ (arXiv 2010.09649).
+data and all processes. Eigenvalues come from SciPy's `eigsh` (implicitly restarted Lanczos), or from power iteration
+where its vectors do not fit; the trace from Hutchinson's estimator on what the eigenvectors leave over, as in Hutch++
+(arXiv 2010.09649).
 """
 
 import contextlib
@@ -21,6 +22,11 @@ from .measuring import differentiable_twice, measuring
 from .processes import largest, progress, rank_and_world, total_tensor
 from .requirements import MeasurementError, need
 from .sharpness import check_precise, only_trainable
+
+# ARPACK counts in 32 bits.
+_LARGEST = 1 << 29
+# Products of a power iteration.
+_ITERATIONS = 300
 
 
 @dataclass(frozen=True)
@@ -137,8 +143,9 @@ def hessian_spectrum(
 ) -> HessianSpectrum:
     """Largest Hessian eigenvalues and Hessian trace of the loss per token.
 
-    Memory: the graph of one batch with its first derivatives, and on the host about 20 vectors of the size of the
-    weights (none if `eigenvalues=0`). Gradient checkpointing (not reentrant) is used if the model is set to it.
+    Memory: the graph of one batch with its first derivatives, and for Lanczos about 20 vectors of the size of the
+    weights on the host. Where the host has no room for them, power iteration finds the eigenvalues with two vectors on
+    the device, in more products. Gradient checkpointing (not reentrant) is used if the model is set to it.
 
     Args:
         model (`torch.nn.Module`): a causal language model with fp32 or fp64 weights, whole on each process.
@@ -153,7 +160,6 @@ def hessian_spectrum(
 
     Raises:
         ValueError: if weights are quantized, in 16 bits or sharded, or checkpointing is reentrant.
-        MemoryError: if the host cannot hold the vectors.
         MeasurementError: if an eigenvalue is not found to the tolerance.
     """
     if eigenvalues < 0 or probes < 0 or eigenvalues + probes == 0:
@@ -170,12 +176,13 @@ def _top(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[np.
     none = torch.zeros(hessian.size, 0, device=hessian.device, dtype=hessian.dtype)
     if count == 0:
         return np.zeros(0), none, []
+    kind = torch.empty(0, dtype=hessian.dtype).numpy().dtype
+    basis = min(hessian.size, max(2 * count + 1, 20))
+    if not _fits(hessian.size * kind.itemsize * (basis + count + 3)) or hessian.size > _LARGEST:
+        return _power(hessian, count, tolerance, seed)
     need("scipy", "Hessian eigenvalues")
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-    kind = torch.empty(0, dtype=hessian.dtype).numpy().dtype
-    basis = min(hessian.size, max(2 * count + 1, 20))
-    _check_host_memory(hessian.size * kind.itemsize * (basis + count + 3))
     start = np.random.default_rng(seed).standard_normal(hessian.size).astype(kind)
 
     def multiply(vector: np.ndarray) -> np.ndarray:
@@ -218,13 +225,47 @@ def _trace(hessian: Hessian, values, vectors: torch.Tensor, probes: int, seed: i
     return float(np.sum(values, dtype=np.float64) + np.mean(estimates)), float(error)
 
 
-def _check_host_memory(needed: int) -> None:
+def _power(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[np.ndarray, torch.Tensor, list[float]]:
+    """Eigenvalues by power iteration on the device, where there is no memory for Lanczos: two vectors and those found.
+
+    It finds what is largest in size. Where that is negative, the spectrum is shifted up by it, so that what is found
+    next is the algebraically largest.
+    """
+    values: list[float] = []
+    vectors = torch.zeros(hessian.size, 0, device=hessian.device, dtype=hessian.dtype)
+    residuals: list[float] = []
+    shift = 0.0
+    while len(values) < count:
+        draws = np.random.default_rng([seed, len(values)]).standard_normal(hessian.size)
+        vector = torch.from_numpy(draws).to(device=hessian.device, dtype=hessian.dtype)
+        for _ in range(_ITERATIONS):
+            vector = vector - vectors @ (vectors.T @ vector)
+            vector = vector / vector.norm()
+            product = hessian @ vector
+            value = (vector @ product).item()
+            residual = (product - value * vector).norm().item()
+            # What is left of those found before is not this one's to get rid of.
+            rest = product - vectors @ (vectors.T @ product)
+            if (rest - value * vector).norm().item() <= tolerance * max(abs(value), shift):
+                break
+            vector = rest + shift * vector
+        else:
+            raise MeasurementError(
+                f"Power iteration came to {value:.4g} with a residual of {residual:.2g} in {_ITERATIONS} products, and "
+                f"there is no memory for Lanczos. Raise the tolerance ({tolerance:g}), or name fewer weights with "
+                "parameters=..."
+            )
+        if value < 0 and shift == 0:
+            shift = -value
+            continue
+        values.append(value)
+        residuals.append(residual)
+        vectors = torch.cat([vectors, vector[:, None]], dim=1)
+    order = sorted(range(count), key=lambda i: -values[i])
+    return np.asarray([values[i] for i in order]), vectors[:, order], [residuals[i] for i in order]
+
+
+def _fits(needed: int) -> bool:
+    """Whether the host has that much memory for each process; the same answer on all."""
     needed *= rank_and_world()[1]  # most often on one host
-    available = psutil.virtual_memory().available
-    # All processes stop, or none.
-    if largest(int(needed > available)):
-        raise MemoryError(
-            f"The Lanczos vectors of these weights take {needed / 2**30:.1f} GiB on the host, of which "
-            f"{available / 2**30:.1f} are free. Name fewer weights with parameters=..., or take the trace alone with "
-            "eigenvalues=0."
-        )
+    return not largest(int(needed > psutil.virtual_memory().available))

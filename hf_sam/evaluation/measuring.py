@@ -18,7 +18,7 @@ def measuring(model: torch.nn.Module, *, exact: bool = False) -> Iterator[torch.
     Args:
         model (`torch.nn.Module`): the model, also as accelerate prepared it.
         exact (`bool`, defaults to `False`): compute in the precision of the weights: without autocast, neither that
-            of the caller nor the one that accelerate puts around a prepared model's forward pass.
+            of the caller nor the one that accelerate puts around a prepared model's forward pass, and without TF32.
 
     Yields:
         `torch.nn.Module`: the model without the containers that only matter in a backward pass (DDP, DeepSpeed).
@@ -36,6 +36,8 @@ def measuring(model: torch.nn.Module, *, exact: bool = False) -> Iterator[torch.
                 if wrapped is not None and "_original_forward" in inner.__dict__:
                     inner.forward = inner._original_forward
                 stack.enter_context(torch.autocast(device_of(inner).type, enabled=False))
+                stack.enter_context(_full_fp32())
+                _check_attention(inner)
             yield inner
     finally:
         if wrapped is not None:
@@ -44,6 +46,30 @@ def measuring(model: torch.nn.Module, *, exact: bool = False) -> Iterator[torch.
             module.training = training
         reshard(inner)
         state.restore()
+
+
+@contextlib.contextmanager
+def _full_fp32() -> Iterator[None]:
+    """Inside, matrix products of fp32 numbers are in fp32: TF32 and bf16 have the spacing of the noise, or more."""
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _check_attention(model: torch.nn.Module) -> None:
+    """Raises ValueError for attention that exists in 16 bits only, if the weights are not."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+    if attention.startswith("flash") and next(model.parameters()).dtype == torch.float32:
+        raise ValueError(
+            f"Measured in fp32, the model cannot use {attention!r}, which computes in 16 bits only. Call "
+            "model.set_attn_implementation('sdpa')."
+        )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ data types and bytes.
 """
 
 import contextlib
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -139,6 +138,22 @@ def quantized(model: torch.nn.Module, scheme: str) -> Iterator[tuple[torch.nn.Mo
         yield model, round_to_nearest(model, int(scheme[3:]))
 
 
+def load_checked(path: str | Path, **kwargs) -> torch.nn.Module:
+    """`AutoModelForCausalLM.from_pretrained`, but weights that the files lack are an error instead of random numbers.
+
+    Raises:
+        ValueError: if weights are missing, or have another shape than the config says.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    wrong = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
+    if wrong:
+        raise ValueError(
+            f"{str(path)!r} lacks {len(wrong)} of the weights of {type(model).__name__}, such as {wrong[0]!r}, or has "
+            "them in another shape. They would be random; check how the model was saved."
+        )
+    return model
+
+
 def load_quantized(
     path: str | Path, scheme: str, *, dtype: torch.dtype = torch.float32, device_map="cpu", **kwargs
 ) -> tuple[torch.nn.Module, Quantized]:
@@ -153,13 +168,13 @@ def load_quantized(
         kwargs: further arguments of `from_pretrained`, e.g. `revision`.
 
     Raises:
-        ValueError: for an unknown scheme.
+        ValueError: for an unknown scheme, or a checkpoint that lacks weights.
         ImportError: if bitsandbytes is missing.
         MeasurementError: if loading left a layer in full precision.
     """
     check_scheme(scheme)
     if scheme.startswith("rtn"):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **kwargs)
+        model = load_checked(path, dtype=dtype, device_map=device_map, **kwargs)
         return model, round_to_nearest(model, int(scheme[3:]))
     need("bitsandbytes", f"Quantization to {scheme}")
     if scheme == "int8":
@@ -171,9 +186,7 @@ def load_quantized(
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=scheme.endswith("-double"),
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, device_map=device_map, quantization_config=config, **kwargs
-    )
+    model = load_checked(path, dtype=dtype, device_map=device_map, quantization_config=config, **kwargs)
     if dtype == torch.float32:
         _compute_in_fp32(model)
     return model, check_quantized(model, scheme)
@@ -343,8 +356,3 @@ def _embeddings(model: torch.nn.Module) -> set[int]:
         linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
         found.update(id(module) for module in linears[-1:])
     return found
-
-
-def scheme_bits(scheme: str) -> int:
-    """Nominal bits of a scheme."""
-    return int(re.sub(r"\D", "", scheme))

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -12,10 +13,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from .data import HeldOutData
-from .quantization import check_disk, load_quantized
+from .processes import from_first, rank_and_world
+from .quantization import check_disk, load_checked, load_quantized
 from .requirements import need
 
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -42,7 +44,7 @@ class ModelSource:
     def load(self, dtype: torch.dtype, device_map="cpu") -> torch.nn.Module:
         """The model in evaluation mode, adapters merged into it."""
         if self.base is None:
-            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, device_map=device_map).eval()
+            return load_checked(self.folder, dtype=dtype, device_map=device_map).eval()
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(self.base.load(dtype, device_map), self.folder)
@@ -70,14 +72,31 @@ class ModelSource:
                 f"--max_length {longest}."
             )
 
-    def check_space(self) -> None:
-        """Raises OSError if the disk has no space for the merged copy that an adapter is quantized from."""
-        size = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
+    def vocabulary(self) -> int:
+        """Number of its embeddings."""
+        if self.base is not None:
+            return self.base.vocabulary()
+        return AutoConfig.from_pretrained(self.folder).get_text_config().vocab_size
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights in its safetensors files, of the base for an adapter; nothing is loaded."""
+        from safetensors import safe_open
+
+        shapes = {}
+        for path in sorted((self.base or self).folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return shapes
+
+    def check_space(self, dtype: torch.dtype) -> None:
+        """Raises OSError if the disk has no space for the merged copies that an adapter is quantized from."""
+        size = sum(math.prod(shape) for shape in self.shapes().values()) * dtype.itemsize * rank_and_world()[1]
         check_disk(tempfile.gettempdir(), size, f"the merged copy of {self.spec!r} (set TMPDIR to another disk)")
 
     def tokenizer_fingerprint(self) -> str:
         """Hash of its tokenizer."""
-        content = json.dumps([self.tokenizer().get_vocab(), str(self.tokenizer())], sort_keys=True)
+        tokenizer = self.tokenizer()
+        content = json.dumps([tokenizer.get_vocab(), str(tokenizer.chat_template)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def tokenizer(self):
@@ -118,7 +137,7 @@ def find_model(spec: str) -> ModelSource:
         base = None
     else:
         raise ValueError(f"{place!r} holds neither config.json nor adapter_config.json: it is not a model.")
-    fingerprint = _hash_of_files(folder)
+    fingerprint = from_first(_hash_of_files(folder) if rank_and_world()[0] == 0 else "")
     if base is not None:
         fingerprint = hashlib.sha256(f"{fingerprint} on {base.fingerprint}".encode()).hexdigest()[:16]
     return ModelSource(name, place, folder, base, fingerprint)
@@ -137,6 +156,21 @@ def with_distinct_names(sources: list[ModelSource]) -> list[ModelSource]:
     if twice:
         raise ValueError(f"The model {twice[0]!r} is named twice; give them names: NAME=PATH.")
     return sources
+
+
+def check_same_shapes(base: ModelSource, tuned: ModelSource) -> None:
+    """Raises ValueError if the weights of two models have other names or shapes: nothing is between them then."""
+    first, second = base.shapes(), tuned.shapes()
+    if not first or not second:  # not in safetensors; found out when they are loaded
+        return
+    different = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{base.name!r} and {tuned.name!r} do not have the same weights: {name!r} has shape {first.get(name)} in "
+            f"one and {second.get(name)} in the other. --landscape, --similarity and --wise_ft need models of one "
+            "architecture; embeddings that were resized for new tokens cannot be interpolated."
+        )
 
 
 def check_same_tokens(base, tuned, name: str) -> None:
@@ -256,10 +290,12 @@ def _download(place: str) -> Path:
             if not any(file.rfilename.endswith(".safetensors") for file in files):
                 wanted.append("*.bin")
             cached = {path.name for path in Path(HF_HUB_CACHE).glob(f"models--{repo.replace('/', '--')}/blobs/*")}
-            weights = [file for file in files if file.lfs and any(fnmatch(file.rfilename, name) for name in wanted)]
+            top = [file for file in files if file.lfs and "/" not in file.rfilename]
+            weights = [file for file in top if any(fnmatch(file.rfilename, name) for name in wanted)]
             missing = sum(file.size or 0 for file in weights if file.lfs.sha256 not in cached)
             check_disk(HF_HUB_CACHE, missing, f"the download of {place!r} (set HF_HOME to another disk)")
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        ignored = ["*/*", "consolidated*"]  # the same weights in other forms, other checkpoints
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
     except RevisionNotFoundError as error:
         raise ValueError(f"The model {repo!r} has no revision {revision!r} on the hub.") from error
     except RepositoryNotFoundError as error:
@@ -300,7 +336,7 @@ def hash_of_folder(folder: str) -> str:
 
 
 def _hash_of_files(folder: Path) -> str:
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("pytorch_model*.bin")])
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("*_model*.bin")])
     if not any(file.suffix in (".safetensors", ".bin") for file in files):
         raise ValueError(f"{str(folder)!r} holds no weights (*.safetensors).")
     digest = hashlib.sha256()

@@ -51,6 +51,7 @@ def comparison_report(results: Sequence[Results], budgets: Sequence[float] = ())
     _bases(document, results)
     _quantized(document, results)
     _fine_tuned(document, results)
+    _benchmarks(document, results)
     _sharpness(document, results)
     if budgets:
         _inflection(document, results, budgets)
@@ -58,6 +59,12 @@ def comparison_report(results: Sequence[Results], budgets: Sequence[float] = ())
 
 
 def _check_comparable(reference: Results, other: Results) -> None:
+    dtypes = [one.record["settings"]["dtype"] for one in (reference, other)]
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(
+            f"{reference.name!r} was measured in {dtypes[0]}, {other.name!r} in {dtypes[1]}; the rounding alone makes "
+            "a difference. Evaluate both with the same --dtype."
+        )
     for kind, names, others in (("old", reference.old, other.old), ("task", reference.tasks, other.tasks)):
         if names[:1] != others[:1]:
             raise ValueError(
@@ -108,6 +115,8 @@ def _has(one: Results, scheme: str) -> bool:
 
 def _fine_tuned(document: Document, results: Sequence[Results]) -> None:
     sweeps = {one.name: one.sweep() for one in results}
+    if not any(one.tuned for one in results):
+        return
     if not all(sweeps.values()):
         document.heading("Fine-tuning")
         document.text(
@@ -153,6 +162,27 @@ def _fine_tuned(document: Document, results: Sequence[Results]) -> None:
         header = ["run", "at task loss", "forgetting of reference", "of run", "reduction"]
         header += ["loss where reference ended", "where run ended", "resamples that span it"]
         document.table(header, rows)
+
+
+def _benchmarks(document: Document, results: Sequence[Results]) -> None:
+    scores = {one.name: one.benchmarks(one.base) for one in results}
+    shared = [task for task in scores[results[0].name] if all(task in found for found in scores.values())]
+    if not shared:
+        return
+    document.heading("Benchmarks")
+    document.text(
+        "Per cent of the base, and behind the arrow of its tuned model with the lowest task loss (without task data, "
+        "of the one that forgot least)."
+    )
+    rows = []
+    for task in shared:
+        row = [task]
+        for one in results:
+            best = _best_tuned(one)
+            after = f" → {100 * one.benchmarks(best)[task].value:.1f}" if best is not None else ""
+            row.append(f"{100 * scores[one.name][task].value:.1f}{after}")
+        rows.append(row)
+    document.table(["task", *scores], rows)
 
 
 def _sharpness(document: Document, results: Sequence[Results]) -> None:
@@ -201,7 +231,7 @@ def _inflection(document: Document, results: Sequence[Results], budgets: Sequenc
             rows.append([kind, "none", "more pretraining never made it worse"])
             continue
         worse = forgetting(known[found.budget], known[max(known)])
-        if worse.low <= 0:
+        if not worse.low > 0:  # also where one document gives no interval
             rows.append([kind, "none", f"the rise after {found.budget:g} may be chance: {worse} nats"])
         else:
             rows.append([kind, f"{found.budget:g}", f"the last checkpoint is worse by {worse} nats"])

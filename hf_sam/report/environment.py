@@ -38,6 +38,6 @@ def environment() -> dict:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that results depend on."""
-    return {name: value for name, value in environment().items() if name in PACKAGES}
+def versions() -> dict:
+    """Versions of the packages, and the devices, that results depend on."""
+    return {name: value for name, value in environment().items() if name in (*PACKAGES, "accelerators", "machine")}

@@ -25,7 +25,7 @@ class Models:
 
     def __init__(self, dtype: torch.dtype, device: str):
         self.dtype = dtype
-        self.device_map = "auto" if device == "auto" else {"": device or default_device()}
+        self.device_map = "auto" if device == "auto" else {"": torch.device(device) if device else default_device()}
         self._loaded: dict[str, torch.nn.Module] = {}
 
     def get(self, source: ModelSource) -> torch.nn.Module:
@@ -33,6 +33,13 @@ class Models:
         if source.name not in self._loaded:
             self._loaded[source.name] = source.load(self.dtype, self.device_map)
         return self._loaded[source.name]
+
+    def on_host(self, source: ModelSource) -> torch.nn.Module:
+        """The model where it takes no memory of the device, for its weights alone."""
+        if self.device_map == {"": torch.device("cpu")}:
+            return self.get(source)
+        self._loaded.pop(source.name, None)
+        return source.load(self.dtype, "cpu")
 
     @contextlib.contextmanager
     def plain(self, source: ModelSource) -> Iterator[Variant]:
@@ -42,13 +49,14 @@ class Models:
     @contextlib.contextmanager
     def interpolated(self, base: ModelSource, source: ModelSource, alpha: float) -> Iterator[Variant]:
         """Part of the way from the base to the model (Wise-FT)."""
-        with contextlib.closing(wise_ft(self.get(base), self.get(source), [alpha])) as sweep:
+        with contextlib.closing(wise_ft(self.get(base), self.on_host(source), [alpha])) as sweep:
             yield next(sweep)[1], None
 
     @contextlib.contextmanager
     def quantized(self, source: ModelSource, scheme: str) -> Iterator[Variant]:
         """The model in few bits."""
         if scheme.startswith("rtn"):
+            self.release(but=source)
             with quantized(self.get(source), scheme) as variant:
                 yield variant
             return
@@ -63,9 +71,9 @@ class Models:
         finally:
             self.release()
 
-    def release(self) -> None:
-        """Let go of all models."""
-        self._loaded.clear()
+    def release(self, but: ModelSource | None = None) -> None:
+        """Let go of all models, or of all others."""
+        self._loaded = {name: model for name, model in self._loaded.items() if but is not None and name == but.name}
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Reports: what one evaluation found, and how several compare. Everything comes from `results.json`.
+"""The report of one evaluation. Everything comes from `results.json`.
 
 Every comparison shows what was lost, and where it ended: a model that had less to lose may well end worse.
 """
@@ -65,12 +65,15 @@ def losses(document: Document, results: Results) -> None:
         )
     rows = []
     for data in (*results.old, *results.tasks):
-        before = results.loss(results.base, data)
         role = "old" if data in results.old else "task"
-        rows.append([data, role, results.base, f"{before.loss:.4f}", f"{before.perplexity:.2f}", ""])
+        before = results.loss(results.base, data) if results.measured(results.base, data) else None
+        if before is None:
+            rows.append([data, role, results.base, "cannot read its tokens", "", ""])
+        else:
+            rows.append([data, role, results.base, f"{before.loss:.4f}", f"{before.perplexity:.2f}", ""])
         for name in results.tuned:
             after = results.loss(name, data)
-            change = str(forgetting(before, after))
+            change = "" if before is None else str(forgetting(before, after))
             rows.append([data, role, name, f"{after.loss:.4f}", f"{after.perplexity:.2f}", change])
     document.table(["data", "role", "model", "loss", "perplexity", "change"], rows)
 

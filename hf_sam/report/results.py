@@ -56,6 +56,10 @@ class Results:
         found = self.find(part, model)
         return found[0]["result"] if found else None
 
+    def measured(self, model: str, data: str, variant: str = "") -> bool:
+        """Whether there is a loss: the base cannot read tokens that were added for the fine-tuning."""
+        return bool(self.find("loss", model, variant, data))
+
     def loss(self, model: str, data: str, variant: str = "") -> HeldOutLoss:
         """Held-out loss of a model on a dataset."""
         (record,) = self.find("loss", model, variant, data)

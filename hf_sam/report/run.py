@@ -24,6 +24,7 @@ from ..evaluation.sharpness import sam_sharpness
 from ..evaluation.similarity import representation_similarity, weight_distance
 from ..evaluation.sources import (
     ModelSource,
+    check_same_shapes,
     check_same_tokens,
     find_model,
     hash_of_folder,
@@ -59,14 +60,12 @@ class Evaluation:
         self.sources = with_distinct_names([find_model(spec) for spec in (settings.base, *settings.tuned)])
         self.base, *self.tuned = self.sources
         self.tokenizer = self.base.tokenizer()
-        for source in self.tuned:
-            check_same_tokens(self.tokenizer, source.tokenizer(), source.name)
-        for source in self.sources:
-            source.check_length(settings.max_length)
-            if source.base is not None and any(not scheme.startswith("rtn") for scheme in settings.quantize):
-                source.check_space()
-        self.data = self._load(settings.data, settings.data_column)
-        self.task_data = self._load(settings.task_data, settings.task_column or settings.data_column)
+        self._check_models()
+        self.data = self._load(settings.data, settings.data_column, self.tokenizer)
+        column = settings.task_column or settings.data_column
+        # Fine-tuning brings chat templates and their markers along.
+        chats = [source.tokenizer() for source in self.tuned] if column == "messages" else []
+        self.task_data = self._load(settings.task_data, column, *chats[:1] or [self.tokenizer])
         if both := self.data.keys() & self.task_data.keys():
             raise ValueError(f"--data and --task_data both have a {both.pop()!r}; give them names: NAME=PATH.")
         first = next(iter(self.data.values()))
@@ -83,6 +82,31 @@ class Evaluation:
             }
         self._tasks_loaded = False
 
+    def _check_models(self):
+        settings = self.settings
+        compared = settings.similarity or settings.wise_ft or {"line", "plane"} & {*settings.landscape}
+        for source in self.tuned:
+            check_same_tokens(self.tokenizer, source.tokenizer(), source.name)
+            if source.base is not None and source.base.fingerprint != self.base.fingerprint:
+                raise ValueError(
+                    f"The adapter {source.name!r} belongs to {source.base.spec!r}, whose weights are not those of "
+                    f"--base {self.base.spec!r}."
+                )
+            if compared:
+                check_same_shapes(self.base, source)
+        for source in self.sources:
+            source.check_length(settings.max_length)
+            if source.base is not None and any(not scheme.startswith("rtn") for scheme in settings.quantize):
+                source.check_space(self.models.dtype)
+        spread = settings.device == "auto" and torch.accelerator.device_count() > 1
+        if spread and (settings.landscape or settings.similarity or {"sam", "hessian"} & {*settings.sharpness}):
+            raise ValueError(
+                "--device auto spreads a model over several devices, which --landscape, --similarity and --sharpness "
+                "sam and hessian do not support. Leave them out, or take one device."
+            )
+        if settings.device == "auto" and rank_and_world()[1] > 1:
+            raise ValueError("--device auto spreads each model over all devices; start one process.")
+
     def _check_packages(self):
         need("datasets", "An evaluation")
         need("scipy", "An evaluation")
@@ -90,13 +114,13 @@ class Evaluation:
         if any(not scheme.startswith("rtn") for scheme in self.settings.quantize):
             need("bitsandbytes", "--quantize")
 
-    def _load(self, specs: list[str], column: str) -> dict[str, HeldOutData]:
+    def _load(self, specs: list[str], column: str, tokenizer) -> dict[str, HeldOutData]:
         settings = self.settings
         loaded: dict[str, HeldOutData] = {}
         for spec in specs:
             name, data = load_held_out(
                 spec,
-                self.tokenizer,
+                tokenizer,
                 column=column,
                 split=settings.data_split or None,
                 max_documents=settings.max_documents,
@@ -154,6 +178,8 @@ class Evaluation:
             proof = lambda model, made_of: {**vars(made_of), "bits": made_of.bits}  # noqa: E731
             measures.append(({"part": "quantized", **about}, depends, proof))
         for name, data in (self.data | self.task_data).items():
+            if data.largest_token >= source.vocabulary():
+                continue  # tokens that were added for the fine-tuning, which the base cannot read
             loss = lambda model, made_of, data=data: self._loss(model, data)  # noqa: E731
             measures.append(({"part": "loss", **about, "data": name}, depends | _documents(data), loss))
         if settings.tasks:
@@ -213,7 +239,7 @@ class Evaluation:
                 {"part": "line", **about},
                 depends,
                 lambda: loss_along_line(
-                    self.models.get(self.base), self.models.get(source), self.sharpness_data, **common
+                    self.models.get(self.base), self.models.on_host(source), self.sharpness_data, **common
                 ).to_dict(),
                 may_fail=True,
             )
@@ -222,11 +248,7 @@ class Evaluation:
 
     def _similarity(self, source: ModelSource) -> dict:
         base, tuned = self.models.get(self.base), self.models.get(source)
-        # The rank that the small models of a smoke test allow.
-        rank = min(10, base.config.hidden_size // 2)
-        hidden = representation_similarity(
-            base, tuned, self.sharpness_data, rank=rank, batch_size=self.settings.batch_size
-        )
+        hidden = representation_similarity(base, tuned, self.sharpness_data, batch_size=self.settings.batch_size)
         return {**hidden.to_dict(), "weights": [vars(layer) for layer in weight_distance(base, tuned)]}
 
     def _plane(self):
@@ -238,7 +260,9 @@ class Evaluation:
                 {"part": "plane", "model": f"{first.name}, {second.name}"},
                 {"weights": prints, **_documents(self.sharpness_data)},
                 lambda: loss_on_plane(
-                    *(self.models.get(source) for source in (self.base, first, second)),
+                    self.models.get(self.base),
+                    self.models.on_host(first),
+                    self.models.on_host(second),
                     self.sharpness_data,
                     names=names,
                     batch_size=self.settings.batch_size,

@@ -12,8 +12,8 @@ LANDSCAPES = ("line", "plane", "random")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _flag(default, text: str, group: str = "", **extra):
-    metadata = {"help": f"{text}", **extra}
+def _flag(default, text: str):
+    metadata = {"help": text}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -21,7 +21,7 @@ def _flag(default, text: str, group: str = "", **extra):
 
 @dataclass
 class EvaluationArguments:
-    """Settings of [`~hf_sam.evaluation.evaluate`] and flags of `hf-sam evaluate`.
+    """Settings of [`~hf_sam.report.evaluate`] and flags of `hf-sam evaluate`.
 
     Models are named `[NAME=]FOLDER` or `[NAME=]HUB/ID[@REVISION]`; folders of adapters are merged into their base.
     Data is named `[NAME=]FILE_OR_FOLDER` or `[NAME=]HUB/ID[:CONFIG][@REVISION]`.
@@ -41,7 +41,7 @@ class EvaluationArguments:
     data_split: str = _flag("", "Split of all data; test, validation or train, whichever there is, if omitted.")
     max_documents: int = _flag(1000, "How many documents of each dataset are used.")
     max_length: int = _flag(1024, "Tokens in a row; longer documents take several rows.")
-    batch_size: int = _flag(8, "Rows in a batch. No result depends on it.")
+    batch_size: int = _flag(8, "Rows in a batch. In float32 no result depends on it.")
     quantize: list[str] = _flag([], f"Quantize each model: {', '.join(SCHEMES)}.")
     wise_ft: list[float] = _flag([], "Interpolate from the base (0) to each tuned model (1), e.g. 0.25 0.5 0.75.")
     sharpness: list[str] = _flag(

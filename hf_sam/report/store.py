@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ..evaluation.processes import from_first, rank_and_world
 from ..evaluation.quantization import check_disk
 from ..evaluation.requirements import MeasurementError
@@ -60,7 +62,7 @@ class PartStore:
             started = time.perf_counter()
             try:
                 result = compute()
-            except (MeasurementError, FloatingPointError) as error:
+            except (MeasurementError, FloatingPointError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
                 if not may_fail:
                     raise
                 # The rest is still worth having; this part is not written, so that a later run tries again.

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from toy_evaluation import FailsAfter, busy, sharp_olmo2, unchanged
+from toy_evaluation import busy, sharp_olmo2, unchanged
 from toy_trl import tokenizer
 
 from hf_sam.evaluation import OLMES_CORE_9, BenchmarkResult, quantized, run_benchmarks, score_change
-from hf_sam.evaluation.benchmarks import check_tasks
+from hf_sam.evaluation.benchmarks import check_tasks, load_tasks
 
 pytest.importorskip("lm_eval")
 
@@ -103,9 +103,37 @@ def test_the_default_tasks_exist_and_others_are_told_before(folder):
 
 
 def test_the_model_is_left_as_it_was(folder):
-    failing = FailsAfter(sharp_olmo2(), calls=1)
-    failing.config = failing.model.config
-    failing.tie_weights = lambda: None
-    failing.device = torch.device("cpu")
-    with unchanged(failing), pytest.raises((KeyboardInterrupt, RuntimeError, TypeError)):
-        run_benchmarks(failing, tokenizer(), ["toy_choice"], include_path=folder)
+    model, calls = busy(sharp_olmo2()), []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    model.lm_head.register_forward_hook(interrupt)
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        run_benchmarks(model, tokenizer(), ["toy_choice"], include_path=folder)
+
+
+def test_groups_are_scored_by_all_their_examples(folder):
+    (folder / "other.yaml").write_text(TASK.format(name="other_choice", folder=folder))
+    (folder / "group.yaml").write_text(
+        "group: toy_group\ntask:\n  - toy_choice\n  - other_choice\naggregate_metric_list:\n  - metric: acc\n"
+    )
+    results = run_benchmarks(sharp_olmo2(), tokenizer(), ["toy_group"], num_fewshot=0, include_path=folder, limit=6)
+    assert set(results) == {"toy_choice", "other_choice", "toy_group"}
+    assert results["toy_group"].value == pytest.approx(
+        (results["toy_choice"].value + results["other_choice"].value) / 2
+    )
+    assert len(results["toy_group"].scores) == 12
+
+
+def test_tasks_that_cannot_be_judged_or_loaded_are_told_before(folder, tmp_path):
+    load_tasks(["toy_choice"], folder)
+    text = TASK.format(name="odd", folder=folder)
+    (tmp_path / "odd.yaml").write_text(text.replace("metric: acc", "metric: bleu"))
+    (tmp_path / "gone.yaml").write_text(TASK.format(name="gone", folder="/nowhere"))
+    with pytest.raises(ValueError, match="judged by bleu"):
+        load_tasks(["odd"], tmp_path)
+    with pytest.raises(ValueError, match="data of the task 'gone' cannot be loaded"):
+        load_tasks(["gone"], tmp_path)

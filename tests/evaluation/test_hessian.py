@@ -9,6 +9,7 @@ from toy_evaluation import FailsAfter, Quadratic, busy, held_out, sharp_olmo2, u
 
 from hf_sam.evaluation import Hessian, hessian_spectrum
 from hf_sam.evaluation import hessian as module
+from hf_sam.evaluation.requirements import MeasurementError
 
 
 def symmetric(size: int, seed: int = 0) -> torch.Tensor:
@@ -186,10 +187,20 @@ def test_a_linear_loss_has_no_curvature():
     assert measured.trace == pytest.approx(0.0, abs=1e-12)
 
 
-def test_too_many_weights_for_the_host_are_told_before(monkeypatch):
-    monkeypatch.setattr(module.os, "sysconf", lambda name: 1)
-    with pytest.raises(MemoryError, match="eigenvalues=0"):
-        hessian_spectrum(Quadratic(symmetric(40)), zeros())
+@pytest.mark.parametrize("negative", [False, True], ids=["largest is positive", "largest in size is negative"])
+def test_without_memory_for_lanczos_power_iteration_finds_the_same(monkeypatch, negative):
+    memory = module.psutil.virtual_memory()
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: memory._replace(available=1000))
+    values = torch.tensor([-9.0 if negative else 3.0, 8.0, 6.0, *torch.linspace(-3, 3, 37)], dtype=torch.float64)
+    basis = torch.linalg.qr(symmetric(40)).Q
+    matrix = basis @ torch.diag(values) @ basis.T
+    measured = hessian_spectrum(Quadratic(matrix), zeros(), eigenvalues=2, probes=20)
+    assert measured.eigenvalues == pytest.approx((8, 6), rel=1e-4)
+    assert all(residual <= 3e-3 * 9 for residual in measured.residuals)
+    assert abs(measured.trace - matrix.trace()) < 4 * measured.trace_standard_error
+    monkeypatch.setattr(module, "_ITERATIONS", 2)
+    with pytest.raises(MeasurementError, match="Power iteration came to"):
+        hessian_spectrum(Quadratic(matrix), zeros(), eigenvalues=1, probes=0)
 
 
 def test_coarse_weights_and_senseless_counts_are_refused():

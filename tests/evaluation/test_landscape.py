@@ -140,6 +140,19 @@ def test_models_of_other_shapes_are_refused():
         loss_along_line(base, sharp_olmo2(num_hidden_layers=1), held_out())
 
 
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_planes_put_the_model_back_when_they_are_interrupted(calls):
+    base = busy(sharp_olmo2())
+    first, second, data = moved(base), moved(base, seed=2), held_out(4)
+    failing = FailsAfter(base, calls)
+    ends = [{f"model.{name}": value for name, value in model.state_dict().items()} for model in (first, second)]
+    with unchanged(failing), pytest.raises(KeyboardInterrupt):
+        loss_on_plane(failing, *ends, data, steps=2)
+    failing.calls = calls
+    with unchanged(failing), pytest.raises(KeyboardInterrupt):
+        loss_on_random_plane(failing, data, steps=2)
+
+
 @pytest.mark.parametrize("positions", [(0.0,), (1.0, 0.0), (0.0, 0.0, 1.0)])
 def test_positions_must_ascend(positions):
     with pytest.raises(ValueError, match="ascending"):

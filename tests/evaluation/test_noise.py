@@ -112,6 +112,22 @@ def test_autocast_does_not_swallow_the_noise(model):
     assert under_autocast.samples == noise_kl(model, held_out(4), samples=2).samples
 
 
+def test_tf32_does_not_swallow_the_noise(model):
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda *_: seen.append([b.fp32_precision for b in backends]))
+    try:
+        backends[0].fp32_precision = "tf32"
+        noise_kl(model, held_out(2), samples=1)
+        assert seen == [["ieee", "ieee"]] * len(seen)
+        assert backends[0].fp32_precision == "tf32"
+    finally:
+        hook.remove()
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 def test_a_model_prepared_for_bf16_training_is_measured_in_full_precision(model):
     from accelerate import Accelerator
 
@@ -178,14 +194,18 @@ def test_the_model_is_left_as_it_was(measure):
             measure(failing, held_out(), batch_size=4, **settings)
 
 
-@pytest.mark.parametrize("measure", [noise_kl, noise_sensitivity])
-def test_memory_is_one_copy_of_the_weights(measure):
+@pytest.mark.parametrize("relative_to", [None, "weights", "initialization"])
+def test_memory_is_one_copy_of_the_weights(relative_to):
     """A model of 16 MB with tiny activations; noise is drawn in chunks of 4 MB, twice while one is added."""
     model = sharp_olmo2(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=8)
     size = sum(param.nbytes for param in model.parameters())
     data = HeldOutData([{"input_ids": [3, 4, 5]}])
-    settings = {"samples": 2} if measure is noise_kl else {"samples": 1, "relative_to": "weights", "strengths": (0.1,)}
-    peak = peak_bytes(lambda: measure(model, data, **settings))
+    if relative_to is None:
+        peak = peak_bytes(lambda: noise_kl(model, data, samples=2))
+    else:
+        settings = {"samples": 1, "relative_to": relative_to, "strengths": (0.1,)}
+        peak = peak_bytes(lambda: noise_sensitivity(model, data, **settings))
+    # The fresh model for the scales at initialization is gone before the copy is made.
     assert size < peak < 1.1 * size + 12e6
 
 

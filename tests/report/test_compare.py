@@ -47,6 +47,7 @@ def record(name, base=3.0, runs=((2.0, 0.2), (1.5, 0.5), (1.0, 1.0)), damage=0.0
             "sam_rho": 0.05,
             "sharpness_documents": 4,
             "seed": 0,
+            "dtype": "float32",
         },
         "models": [{"name": n, "spec": n, "fingerprint": n} for n in ("base", *(f"run{i}" for i in range(len(runs))))],
         "data": [
@@ -95,8 +96,23 @@ def test_other_data_is_refused():
     other["data"][0]["name"] = "elsewhere"
     with pytest.raises(ValueError, match="on the same data"):
         comparison_report([Results(record("AdamW")), Results(other)])
+    other = record("other")
+    other["settings"]["dtype"] = "bfloat16"
+    with pytest.raises(ValueError, match="in float32, 'other' in bfloat16"):
+        comparison_report([Results(record("AdamW")), Results(other)])
     with pytest.raises(ValueError, match="same name"):
         comparison_report([Results(record("AdamW")), Results(record("AdamW"))])
+
+
+def test_one_document_is_no_inflection():
+    records = [record(str(i), runs=((1.0, lost),)) for i, lost in enumerate((1.0, 0.9, 0.95))]
+    for one in records:
+        for part in one["parts"]:
+            if part["part"] == "loss":
+                for key in ("document_losses", "document_tokens"):
+                    part["result"][key] = part["result"][key][:1]
+    markdown = comparison_report([Results(one) for one in records], [1, 2, 3]).markdown()
+    assert "may be chance" in cells(markdown, "tuned", "none")[2]
 
 
 def test_sharpness_with_other_settings_is_not_compared():
