@@ -115,12 +115,13 @@ def test_the_model_is_left_as_it_was(folder):
         run_benchmarks(model, tokenizer(), ["toy_choice"], include_path=folder)
 
 
-def test_groups_are_scored_by_all_their_examples(folder):
-    (folder / "other.yaml").write_text(TASK.format(name="other_choice", folder=folder))
-    (folder / "group.yaml").write_text(
+def test_groups_are_scored_by_all_their_examples(folder, tmp_path):
+    (tmp_path / "toy.yaml").write_text(TASK.format(name="toy_choice", folder=folder))
+    (tmp_path / "other.yaml").write_text(TASK.format(name="other_choice", folder=folder))
+    (tmp_path / "group.yaml").write_text(
         "group: toy_group\ntask:\n  - toy_choice\n  - other_choice\naggregate_metric_list:\n  - metric: acc\n"
     )
-    results = run_benchmarks(sharp_olmo2(), tokenizer(), ["toy_group"], num_fewshot=0, include_path=folder, limit=6)
+    results = run_benchmarks(sharp_olmo2(), tokenizer(), ["toy_group"], num_fewshot=0, include_path=tmp_path, limit=6)
     assert set(results) == {"toy_choice", "other_choice", "toy_group"}
     assert results["toy_group"].value == pytest.approx(
         (results["toy_choice"].value + results["other_choice"].value) / 2

@@ -170,13 +170,14 @@ def test_a_measure_that_fails_does_not_take_the_others_with_it(shelf, tmp_path, 
         raise MeasurementError("no eigenvalue was found")
 
     monkeypatch.setattr(run, "hessian_spectrum", fail)
-    assert cli.main(command(shelf, tmp_path, "--sharpness", "hessian", "sam", tuned=["tuned1"])) == 0
+    flags = ("--sharpness", "hessian", "sam", "--sharpness_documents", "2")
+    assert cli.main(command(shelf, tmp_path, *flags, tuned=["tuned1"])) == 0
     report = (tmp_path / "report.md").read_text()
     assert "no eigenvalue was found" in report
     assert "missing" in report
     monkeypatch.undo()
     # It is tried again next time.
-    assert cli.main(command(shelf, tmp_path, "--sharpness", "hessian", "sam", tuned=["tuned1"])) == 0
+    assert cli.main(command(shelf, tmp_path, *flags, tuned=["tuned1"])) == 0
     assert "missing" not in (tmp_path / "report.md").read_text()
 
 
@@ -247,6 +248,64 @@ def test_other_vocabularies_and_full_disks_are_told_before(shelf, tmp_path, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert cli.main(command(shelf, tmp_path / "out")) == 1
     assert "No disk space: an evaluation in" in capsys.readouterr().err
+
+
+def test_models_that_do_not_belong_together_are_told_before(shelf, tmp_path):
+    sharp_olmo2(vocab_size=80).save_pretrained(tmp_path / "resized")
+    tokenizer().save_pretrained(tmp_path / "resized")
+    resized = {"tuned": [str(tmp_path / "resized")]}
+    for compared in ({"similarity": True}, {"wise_ft": [0.5]}, {"landscape": ["line"]}):
+        with pytest.raises(
+            ValueError, match=r"do not have the same weights: '\S+' has shape \(64, 64\) in one and \(80, 64\)"
+        ):
+            evaluate(arguments(shelf, tmp_path / "out", **resized, **compared))
+    with pytest.raises(
+        ValueError, match=r"adapter 'adapter' belongs to .*base', whose weights are not those of --base"
+    ):
+        evaluate(arguments(shelf, tmp_path / "out", base=str(shelf / "tuned1"), tuned=[str(shelf / "adapter")]))
+    # Without a comparison of weights, another size does no harm.
+    assert evaluate(arguments(shelf, tmp_path / "out", **resized))["parts"][-1]["result"]["loss"] > 0
+
+
+def test_checkpoints_that_lack_weights_are_an_error(shelf, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(shelf / "tuned1", tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the weights .*'model.layers.1.mlp.up_proj.weight'"):
+        find_model(str(tmp_path / "broken")).load(torch.float32)
+    with pytest.raises(ValueError, match="lacks 1 of the weights"):
+        load_quantized(tmp_path / "broken", "nf4")
+
+
+def test_chats_with_new_tokens_are_measured_where_they_can_be_read(shelf, tmp_path):
+    """The base has neither the template nor the markers of the fine-tuning."""
+    shutil.copytree(shelf / "base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    model, words = sharp_olmo2(), tokenizer()
+    words.add_tokens(["<|user|>", "<|assistant|>"])
+    words.chat_template = words.chat_template.replace("<user>", "<|user|>").replace("<assistant>", "<|assistant|>")
+    model.resize_token_embeddings(66)
+    model.save_pretrained(tmp_path / "chat")
+    words.save_pretrained(tmp_path / "chat")
+    rows("chat").to_json(tmp_path / "chats.jsonl")
+    settings = {"base": str(tmp_path / "base"), "tuned": [str(tmp_path / "chat")]}
+    data = {"task_data": [str(tmp_path / "chats.jsonl")], "task_column": "messages", "output": str(tmp_path / "out")}
+    assert cli.main(_flags({**settings, "data": [str(shelf / "old.jsonl")], "max_length": 64, **data})) == 0
+    results = Results.read(tmp_path / "out")
+    expected = HeldOutData.from_dataset(rows("chat"), words, column="messages")
+    assert results.loss("chat", "chats").loss == held_out_loss(model, expected).loss
+    assert not results.measured("base", "chats")
+    assert "cannot read its tokens" in (tmp_path / "out" / "report.md").read_text()
+
+
+def _flags(settings):
+    flags = ["evaluate"]
+    for name, value in settings.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
 
 
 def test_help_and_missing_packages(capsys, monkeypatch):
