@@ -25,6 +25,16 @@ _ON_POLICY_TRAINERS = {"AsyncGRPOTrainer", "AsyncDistillationTrainer"}
 _KEPT_RANGE = (0.5, 1.5)
 
 
+def check_in_front(cls: type, mixin: type, name: str) -> None:
+    """Raises TypeError if a trainer class lists a mixin behind a trainer, which would never call it."""
+    order = cls.__mro__
+    if Trainer in order and order.index(Trainer) < order.index(mixin):
+        raise TypeError(
+            f"{cls.__name__} lists {name} behind a Trainer, which would never call it. Put it in front: "
+            f"class {cls.__name__}({name}, ...)."
+        )
+
+
 class SAMMixin:
     """Sharpness-aware training for any [`~transformers.Trainer`] subclass: `class MyTrainer(SAMMixin, Base)`.
 
@@ -67,12 +77,7 @@ class SAMMixin:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        order = cls.__mro__
-        if Trainer in order and order.index(Trainer) < order.index(SAMMixin):
-            raise TypeError(
-                f"{cls.__name__} lists SAMMixin behind a Trainer, which would never call it. Put it in front: "
-                f"class {cls.__name__}(SAMMixin, ...)."
-            )
+        check_in_front(cls, SAMMixin, "SAMMixin")
 
     # The step.
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..backends.shards import is_sharded, local_piece, piece_of
 from ..parameters import plain_name
-from ..trainer import SAMMixin
+from ..trainer import SAMMixin, check_in_front
 from .fisher import load_fisher
 
 
@@ -150,11 +150,7 @@ class _PenaltyMixin:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        order = cls.__mro__
-        if Trainer in order and order.index(Trainer) < order.index(_PenaltyMixin):
-            raise TypeError(
-                f"{cls.__name__} lists a penalty behind a Trainer, which would never call it. Put it in front."
-            )
+        check_in_front(cls, _PenaltyMixin, "EWCMixin or L2Mixin")
 
     def _check_penalty_backend(self):
         name = type(self).__name__

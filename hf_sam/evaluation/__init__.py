@@ -14,58 +14,87 @@ depend on batch size, padding, packing or the number of processes.
 - all of it at once: `hf_sam.report`, `hf-sam evaluate`
 """
 
-import importlib
 from pathlib import Path
 
-# Imported where first used: together they take a while, and some need the extras.
-_HOME = {
-    "benchmarks": ("OLMES_CORE_9", "BenchmarkResult", "run_benchmarks", "score_change"),
-    "callbacks": ("ForgettingCallback", "SharpnessCallback"),
-    "data": ("HeldOutData",),
-    "estimate": ("Estimate",),
-    "frontier": (
-        "InflectionPoint",
-        "Reduction",
-        "TunedRun",
-        "forgetting_at",
-        "forgetting_reduction",
-        "inflection_point",
-        "pareto_frontier",
-        "shared_range",
-    ),
-    "hessian": ("Hessian", "HessianSpectrum", "hessian_spectrum"),
-    "landscape": ("LossLine", "LossPlane", "loss_along_line", "loss_on_plane", "loss_on_random_plane"),
-    "loss": ("HeldOutLoss", "forgetting", "held_out_loss"),
-    "noise": ("NoiseKL", "NoiseSensitivity", "noise_kl", "noise_sensitivity"),
-    "quantization": (
-        "SCHEMES",
-        "QuantizationDamage",
-        "Quantized",
-        "load_quantized",
-        "quantization_damage",
-        "quantized",
-        "round_to_nearest",
-    ),
-    "sharpness": ("SAMSharpness", "sam_sharpness"),
-    "similarity": ("RepresentationSimilarity", "WeightDistance", "representation_similarity", "weight_distance"),
-}
-_MODULE = {name: module for module, names in _HOME.items() for name in names}
+from .benchmarks import OLMES_CORE_9, BenchmarkResult, run_benchmarks, score_change
+from .callbacks import ForgettingCallback, SharpnessCallback
+from .data import HeldOutData
+from .estimate import Estimate
+from .frontier import (
+    InflectionPoint,
+    Reduction,
+    TunedRun,
+    forgetting_at,
+    forgetting_reduction,
+    inflection_point,
+    pareto_frontier,
+    shared_range,
+)
+from .hessian import Hessian, HessianSpectrum, hessian_spectrum
+from .landscape import LossLine, LossPlane, loss_along_line, loss_on_plane, loss_on_random_plane
+from .loss import HeldOutLoss, forgetting, held_out_loss
+from .noise import NoiseKL, NoiseSensitivity, noise_kl, noise_sensitivity
+from .quantization import (
+    SCHEMES,
+    QuantizationDamage,
+    Quantized,
+    load_quantized,
+    quantization_damage,
+    quantized,
+    round_to_nearest,
+)
+from .sharpness import SAMSharpness, sam_sharpness
+from .similarity import RepresentationSimilarity, WeightDistance, representation_similarity, weight_distance
 
-__all__ = sorted([*_MODULE, "metric_path"])
+__all__ = [
+    "OLMES_CORE_9",
+    "SCHEMES",
+    "BenchmarkResult",
+    "Estimate",
+    "ForgettingCallback",
+    "HeldOutData",
+    "HeldOutLoss",
+    "Hessian",
+    "HessianSpectrum",
+    "InflectionPoint",
+    "LossLine",
+    "LossPlane",
+    "NoiseKL",
+    "NoiseSensitivity",
+    "QuantizationDamage",
+    "Quantized",
+    "Reduction",
+    "RepresentationSimilarity",
+    "SAMSharpness",
+    "SharpnessCallback",
+    "TunedRun",
+    "WeightDistance",
+    "forgetting",
+    "forgetting_at",
+    "forgetting_reduction",
+    "held_out_loss",
+    "hessian_spectrum",
+    "inflection_point",
+    "load_quantized",
+    "loss_along_line",
+    "loss_on_plane",
+    "loss_on_random_plane",
+    "metric_path",
+    "noise_kl",
+    "noise_sensitivity",
+    "pareto_frontier",
+    "quantization_damage",
+    "quantized",
+    "representation_similarity",
+    "round_to_nearest",
+    "run_benchmarks",
+    "sam_sharpness",
+    "score_change",
+    "shared_range",
+    "weight_distance",
+]
 
 
 def metric_path() -> str:
     """Folder of the metric `held_out_loss` for `evaluate.load`, which then needs no network."""
     return str(Path(__file__).parent / "metrics" / "held_out_loss")
-
-
-def __getattr__(name: str):
-    if name not in _MODULE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return __all__
