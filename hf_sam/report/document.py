@@ -39,8 +39,11 @@ class Document:
             self._blocks.append(("table", header, rows))
 
     def figure(self, name: str, png: bytes, caption: str) -> None:
-        """A picture; `name` is that of its file beside the Markdown."""
-        self._blocks.append(("figure", re.sub(r"[^\w-]+", "_", name), png, caption))
+        """A picture; `name` is that of its file beside the Markdown, with a number if there is one of that name."""
+        name = re.sub(r"[^\w-]+", "_", name)
+        taken = {content[0] for kind, *content in self._blocks if kind == "figure"}
+        free = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+        self._blocks.append(("figure", free, png, caption))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
         """Write `report.md`, its pictures, and `report.html`; returns the paths of the two reports."""
