@@ -91,7 +91,7 @@ def _start(command: str, argv: list[str]) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     elif from_config or unknown:
         return _launch(command, from_config, unknown, _without(argv, unknown))
-    return _program(command)(argv) or 0
+    return _program(command)(argv)
 
 
 def _unknown(parser, argv: list[str]) -> tuple[list[str], list[str]]:
@@ -118,21 +118,30 @@ def _is_launched() -> bool:
     return _LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
 
 
-def _program(command: str) -> Callable[[list[str]], int | None]:
-    """What runs in this process."""
+def _program(command: str) -> Callable[[list[str]], int]:
+    """What runs in this process, and returns the exit status."""
     if command == "evaluate":
         from .report.command import evaluate_main
 
         return evaluate_main
     if command == "clm":
-        from . import clm
+        from .clm import main as program
+    else:
+        program = _sft
 
-        return clm.main
+    def trained(argv: list[str]) -> int:
+        program(argv)
+        return 0
+
+    return trained
+
+
+def _sft(argv: list[str]) -> None:
     import trl.scripts.sft
 
     from .script import run_script
 
-    return lambda argv: run_script(trl.scripts.sft.__file__, argv)
+    run_script(trl.scripts.sft.__file__, argv)
 
 
 def _parser(command: str):
