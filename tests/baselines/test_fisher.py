@@ -61,9 +61,9 @@ def test_labels_of_the_model_give_the_fisher_information_proper():
     model = Unigram()
     p = model.logits.detach().softmax(0)
     # Sequences of one prediction; the labels that are there are all token 0.
-    data = HeldOutData([{"input_ids": [0, 0]}] * 4000)
+    data = HeldOutData([{"input_ids": [0, 0]}] * 1500)
     proper = estimate_fisher(model, data, labels="model")["logits"]
-    torch.testing.assert_close(proper, p * (1 - p), rtol=0.1, atol=0)
+    torch.testing.assert_close(proper, p * (1 - p), rtol=0.15, atol=0)
     empirical = estimate_fisher(model, data, labels="data")["logits"]
     torch.testing.assert_close(empirical, (torch.tensor([1.0, 0, 0]) - p) ** 2, rtol=1e-4, atol=1e-7)
     assert torch.equal(estimate_fisher(model, data, labels="model")["logits"], proper)

@@ -93,6 +93,7 @@ def test_change_pairs_the_examples():
         score_change(before, BenchmarkResult("t", "acc", {"0": 1.0}, 1.0))
 
 
+@pytest.mark.slow  # the harness takes a while to find its own tasks
 def test_the_default_tasks_exist_and_others_are_told_before(folder):
     assert check_tasks(OLMES_CORE_9) == list(OLMES_CORE_9)
     assert check_tasks(["toy_choice"], folder) == ["toy_choice"]

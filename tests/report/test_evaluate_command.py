@@ -212,7 +212,7 @@ def test_flags_may_stand_in_a_file(shelf, tmp_path):
         ({"tuned": [], "similarity": True}, "--similarity .* give --tuned"),
         ({"tuned": ["TUNED"], "landscape": ["plane"]}, "plane goes through two"),
         ({"batch_size": 0}, "--batch_size 0"),
-        ({"benchmarks": ["arc_eazy"]}, "no task 'arc_eazy'"),
+        ({"benchmarks": ["arc_easy"], "task_folder": "/nowhere"}, "no folder '/nowhere'"),
         ({"tuned": ["TUNED", "TUNED", "other=TUNED"], "data": ["OLD", "OLD2=OLD"], "dtype": "int8"}, "--dtype int8"),
     ],
 )
