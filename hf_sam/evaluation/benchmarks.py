@@ -134,7 +134,7 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) ->
         ImportError: if the harness is missing.
         ValueError: for an unknown task.
     """
-    need("lm_eval", "Benchmarks")
+    need("lm_eval", "Running benchmarks")
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"There is no folder {str(include_path)!r} with task files.")
     known = set(_manager(*_where(tasks, include_path)).all_tasks)

@@ -180,7 +180,7 @@ def _top(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[np.
     basis = min(hessian.size, max(2 * count + 1, 20))
     if not _fits(hessian.size * kind.itemsize * (basis + count + 3)) or hessian.size > _LARGEST:
         return _power(hessian, count, tolerance, seed)
-    need("scipy", "Hessian eigenvalues")
+    need("scipy", "Finding Hessian eigenvalues")
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     start = np.random.default_rng(seed).standard_normal(hessian.size).astype(kind)

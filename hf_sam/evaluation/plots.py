@@ -107,7 +107,7 @@ class _figure:
         self.labels = (x, y)
 
     def __enter__(self):
-        need("matplotlib", "Plots")
+        need("matplotlib", "Plotting")
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
