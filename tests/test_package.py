@@ -22,6 +22,7 @@ OPTIONAL = (
     "lm_eval",
     "matplotlib",
     "scipy",
+    "sklearn",  # comes with lm-eval and needs scipy
     "reasoning_gym",
 )
 

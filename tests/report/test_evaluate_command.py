@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_numbers_are_those_of_the_functions(shelf, done, record):
 
 def test_record_says_what_was_measured_with_what(shelf, record):
     assert record["name"] == "AdamW"
-    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["torch"] == version("torch")
     assert record["settings"]["seed"] == 0
     assert [model["name"] for model in record["models"]] == ["base", "tuned1", "tuned2", "tuned3"]
     assert record["models"][0]["fingerprint"] == find_model(str(shelf / "base")).fingerprint
