@@ -24,8 +24,7 @@ from .requirements import MeasurementError, need
 # Share of the weight matrices that may stay in full precision, e.g. the kernels of short convolutions.
 _LEFT = 0.05
 
-BITSANDBYTES = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
-SCHEMES = (*BITSANDBYTES, "rtn4", "rtn3")
+SCHEMES = ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "rtn4", "rtn3")
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def quantized(model: torch.nn.Module, scheme: str) -> Iterator[tuple[torch.nn.Mo
             "A model with adapters is quantized without them. Merge them first: model.merge_and_unload(), on a copy if "
             "the adapters are still needed."
         )
-    if not scheme.startswith("rtn"):
+    if not is_rounding(scheme):
         dtype = next(param.dtype for param in model.parameters() if param.is_floating_point())
         device = next(param.device for param in model.parameters())
         with saved(model) as folder:
@@ -173,7 +172,7 @@ def load_quantized(
         MeasurementError: if loading left a layer in full precision.
     """
     check_scheme(scheme)
-    if scheme.startswith("rtn"):
+    if is_rounding(scheme):
         model = load_checked(path, dtype=dtype, device_map=device_map, **kwargs)
         return model, round_to_nearest(model, int(scheme[3:]))
     need("bitsandbytes", f"Quantization to {scheme}")
@@ -200,6 +199,11 @@ def _compute_in_fp32(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def is_rounding(scheme: str) -> bool:
+    """Whether a scheme is plain rounding of a loaded model; the others are bitsandbytes' and happen while loading."""
+    return scheme.startswith("rtn")
 
 
 def check_scheme(scheme: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from ..baselines.wise_ft import wise_ft
 from ..evaluation.processes import default_device
-from ..evaluation.quantization import Quantized, quantized
+from ..evaluation.quantization import Quantized, is_rounding, quantized
 from ..evaluation.sources import ModelSource
 
 # A model, and what it was quantized to.
@@ -55,7 +55,7 @@ class Models:
     @contextlib.contextmanager
     def quantized(self, source: ModelSource, scheme: str) -> Iterator[Variant]:
         """The model in few bits."""
-        if scheme.startswith("rtn"):
+        if is_rounding(scheme):
             self.release(but=source)
             with quantized(self.get(source), scheme) as variant:
                 yield variant

@@ -19,6 +19,7 @@ from ..evaluation.landscape import loss_along_line, loss_on_plane, loss_on_rando
 from ..evaluation.loss import held_out_loss
 from ..evaluation.noise import noise_kl, noise_sensitivity
 from ..evaluation.processes import rank_and_world, titled
+from ..evaluation.quantization import is_rounding
 from ..evaluation.requirements import need
 from ..evaluation.sharpness import sam_sharpness
 from ..evaluation.similarity import representation_similarity, weight_distance
@@ -96,7 +97,7 @@ class Evaluation:
                 check_same_shapes(self.base, source)
         for source in self.sources:
             source.check_length(settings.max_length)
-            if source.base is not None and any(not scheme.startswith("rtn") for scheme in settings.quantize):
+            if source.base is not None and not all(map(is_rounding, settings.quantize)):
                 source.check_space(self.models.dtype)
         spread = settings.device == "auto" and torch.accelerator.device_count() > 1
         if spread and (settings.landscape or settings.similarity or {"sam", "hessian"} & {*settings.sharpness}):
@@ -111,7 +112,7 @@ class Evaluation:
         need("datasets", "An evaluation")
         need("scipy", "An evaluation")
         need("matplotlib", "The report of an evaluation")
-        if any(not scheme.startswith("rtn") for scheme in self.settings.quantize):
+        if not all(map(is_rounding, self.settings.quantize)):
             need("bitsandbytes", "--quantize")
 
     def _load(self, specs: list[str], column: str, tokenizer) -> dict[str, HeldOutData]:
