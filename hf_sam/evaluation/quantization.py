@@ -5,7 +5,6 @@ data types and bytes.
 """
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from ..resources import check_disk
 from .displacement import Displacement
 from .estimate import Estimate
 from .loss import HeldOutLoss, forgetting, held_out_loss
@@ -335,18 +335,6 @@ def saved(model: torch.nn.Module) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="hf-sam-") as folder:
         model.save_pretrained(folder)
         yield Path(folder)
-
-
-def check_disk(folder: str | Path, needed: int, what: str) -> None:
-    """Raises OSError if there are not `needed` bytes free on the disk of `folder`, which need not exist yet."""
-    path = Path(folder).absolute()
-    while not path.exists():
-        path = path.parent
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise OSError(
-            f"No disk space: {what} needs {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} are free at {path}."
-        )
 
 
 def _embeddings(model: torch.nn.Module) -> set[int]:

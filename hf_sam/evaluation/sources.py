@@ -5,9 +5,7 @@ import hashlib
 import json
 import math
 import os
-import re
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,9 +13,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from ..named_data import data_files, named, open_split
+from ..resources import check_disk
 from .data import HeldOutData
 from .processes import from_first, rank_and_world
-from .quantization import check_disk, load_checked, load_quantized
+from .quantization import load_checked, load_quantized
 from .requirements import need
 
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -122,7 +122,7 @@ def find_model(spec: str) -> ModelSource:
         ValueError: if it does not exist, or has no such revision.
         OSError: if it cannot be downloaded, or there is no disk space for it.
     """
-    name, place = _named(spec)
+    name, place = named(spec)
     folder = Path(place) if os.path.isdir(place) else _download(place)
     if (folder / "adapter_config.json").exists():
         need("peft", f"The adapter {place!r}")
@@ -208,10 +208,12 @@ def load_held_out(
         ValueError: if there is no such data, split or column, or nothing in it.
     """
     need("datasets", "Held-out data")
-    name, place = _named(spec)
+    name, place = named(spec)
+    # Of the hub's, a stream of some documents instead of all of a corpus.
+    streaming = max_documents is not None and not os.path.exists(place) and not data_files(place)
     try:
         data = HeldOutData.from_dataset(
-            _split_of(place, split, stream=max_documents is not None),
+            open_split(place, split, streaming=streaming),
             tokenizer,
             column=column,
             max_documents=max_documents,
@@ -220,54 +222,6 @@ def load_held_out(
     except ValueError as error:
         raise ValueError(f"Data {place!r}: {error}") from error
     return name, data
-
-
-def _split_of(place: str, split: str | None, stream: bool) -> Iterable:
-    import datasets
-
-    path, config, options = place, None, {}
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-    if os.path.isfile(place):
-        suffix = Path(place).suffix
-        if suffix not in kinds:
-            raise ValueError(f"files end in one of {', '.join(kinds)}, not in {suffix!r}.")
-        if not os.path.getsize(place):
-            raise ValueError("the file is empty.")
-        path, options = kinds[suffix], {"data_files": place}
-        if suffix == ".txt":
-            options["sample_by"] = "paragraph"
-    elif not os.path.isdir(place):
-        path, config, revision = _hub_parts(place)
-        # A stream of some documents instead of all of a corpus.
-        options = {"revision": revision, "streaming": stream}
-    try:
-        if os.path.isdir(place) and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json")):
-            splits = datasets.load_from_disk(place)
-        else:
-            splits = datasets.load_dataset(path, config, **options)
-    except Exception as error:  # datasets has a dozen kinds for this
-        raise ValueError(f"it cannot be loaded: {type(error).__name__}: {error}") from error
-    if isinstance(splits, datasets.Dataset):
-        return splits
-    for choice in [split] if split else ["test", "validation", "train", *splits]:
-        if choice in splits:
-            return splits[choice]
-    raise ValueError(f"it has no split {split!r}, but {', '.join(splits)}.")
-
-
-def _hub_parts(place: str) -> tuple[str, str | None, str | None]:
-    path, _, revision = place.partition("@")
-    path, _, config = path.partition(":")
-    return path, config or None, revision or None
-
-
-def _named(spec: str) -> tuple[str, str]:
-    """`NAME=PLACE`, or a place that is its own name (the end of a path)."""
-    match = re.match(r"([\w .-]+)=(.+)", spec)
-    if match and not os.path.exists(spec):
-        return match[1], match[2]
-    path = Path(spec)
-    return (path.stem if path.is_file() else path.name) or spec, spec
 
 
 def _download(place: str) -> Path:

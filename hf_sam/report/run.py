@@ -32,10 +32,11 @@ from ..evaluation.sources import (
     load_held_out,
     with_distinct_names,
 )
+from ..resources import write_json
 from .environment import environment, versions
 from .models import Models
 from .settings import EvaluationArguments
-from .store import PartStore, write_json
+from .store import PartStore
 
 
 def evaluate(settings: EvaluationArguments) -> dict:

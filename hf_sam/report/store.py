@@ -5,8 +5,6 @@ A part is known by a hash of everything that it depends on: weights, tokens, set
 
 import hashlib
 import json
-import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +12,8 @@ from pathlib import Path
 import torch
 
 from ..evaluation.processes import from_first, rank_and_world
-from ..evaluation.quantization import check_disk
 from ..evaluation.requirements import MeasurementError
+from ..resources import check_disk, write_json
 
 # What a large evaluation writes: results of some thousand documents, and plots.
 _SPACE = 64 << 20
@@ -87,19 +85,3 @@ class PartStore:
         if rank_and_world()[0] != 0 or not path.exists():
             return None
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write strict JSON, all of it or nothing; numbers that are not finite become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

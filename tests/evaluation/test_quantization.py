@@ -10,7 +10,8 @@ from toy_evaluation import FailsAfter, busy, held_out, sharp_olmo2, unchanged
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_sam.evaluation import SCHEMES, held_out_loss, load_quantized, quantization_damage, quantized, round_to_nearest
-from hf_sam.evaluation.quantization import check_disk, check_quantized, quantizable
+from hf_sam.evaluation.quantization import check_quantized, quantizable
+from hf_sam.resources import check_disk
 
 # 14 linear layers, scales of 32 bits for 64 weights (of 8 for double), of 16 bits a row for int8; see the docstrings.
 BITS = {"nf4": 4.5, "fp4": 4.5, "nf4-double": 4.13, "fp4-double": 4.13, "int8": 8.45, "rtn4": 4.28, "rtn3": 3.27}

@@ -203,4 +203,4 @@ def test_hash_of_a_folder_is_of_its_content(tmp_path):
     (tmp_path / "a").write_text("2")
     assert hash_of_folder(str(tmp_path)) != first
     assert hash_of_folder("") == ""
-    assert sources._named("a b=x/y") == ("a b", "x/y")
+    assert sources.named("a b=x/y") == ("a b", "x/y")

@@ -1,0 +1,105 @@
+"""Data by name: a file, a pattern of files, a folder, or a dataset of the hub."""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
+
+
+def named(spec: str) -> tuple[str, str]:
+    """`NAME=PLACE`, or a place that is its own name (the end of a path)."""
+    match = re.match(r"([\w .-]+)=(.+)", spec)
+    if match and not os.path.exists(spec):
+        return match[1], match[2]
+    path = Path(spec)
+    return (path.stem if path.is_file() else path.name) or spec, spec
+
+
+def open_split(
+    place: str,
+    split: str | None = None,
+    *,
+    streaming: bool = False,
+    preferred: Sequence[str] = ("test", "validation", "train"),
+):
+    """The dataset that `place` names.
+
+    Args:
+        place (`str`): a file (.jsonl, .json, .csv, .parquet, also compressed; .txt, where blank lines end documents),
+            a pattern of such files (`data/*.jsonl.zst`), a folder, or `HUB/ID[:CONFIG][@REVISION]`.
+        split (`str`, *optional*): the split; the first of `preferred` that there is, when omitted.
+        streaming (`bool`): whether to read it while it is used, instead of before.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: the split.
+
+    Raises:
+        ValueError: if there is no such data or split, or a file is empty.
+    """
+    import datasets
+
+    path, config, options = place, None, {}
+    if files := data_files(place):
+        path, options = _files(files, place)
+    elif not os.path.isdir(place):
+        path, config, revision = _hub_parts(place)
+        options = {"revision": revision}
+    try:
+        if os.path.isdir(place) and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json")):
+            splits = datasets.load_from_disk(place)
+            if streaming:
+                splits = _as_streams(splits)
+        else:
+            splits = datasets.load_dataset(path, config, streaming=streaming, **options)
+    except Exception as error:  # datasets has a dozen kinds for this
+        raise ValueError(f"it cannot be loaded: {type(error).__name__}: {error}") from error
+    if isinstance(splits, datasets.Dataset | datasets.IterableDataset):
+        return splits
+    for choice in [split] if split else [*preferred, *splits]:
+        if choice in splits:
+            return splits[choice]
+    raise ValueError(f"it has no split {split!r}, but {', '.join(splits)}.")
+
+
+def data_files(place: str) -> list[str]:
+    """The files that a path or a pattern names, in order; none for a folder or a dataset of the hub."""
+    if os.path.isfile(place):
+        return [place]
+    return sorted(path for path in glob.glob(place, recursive=True) if os.path.isfile(path)) if "*" in place else []
+
+
+def _files(files: list[str], place: str) -> tuple[str, dict]:
+    kinds = set()
+    for file in files:
+        suffixes = [suffix for suffix in Path(file).suffixes if suffix not in _COMPRESSED]
+        suffix = suffixes[-1] if suffixes else ""
+        if suffix not in _KINDS:
+            raise ValueError(f"files end in one of {', '.join(_KINDS)}, not in {suffix!r}.")
+        if not os.path.getsize(file):
+            raise ValueError("the file is empty." if file == place else f"the file {file} is empty.")
+        kinds.add(_KINDS[suffix])
+    if len(kinds) > 1:
+        raise ValueError(f"its files are of different kinds: {', '.join(sorted(kinds))}.")
+    (kind,) = kinds
+    options = {"data_files": files}
+    if kind == "text":
+        options["sample_by"] = "paragraph"
+    return kind, options
+
+
+def _as_streams(splits):
+    import datasets
+
+    if isinstance(splits, datasets.Dataset):
+        return splits.to_iterable_dataset()
+    return {name: split.to_iterable_dataset() for name, split in splits.items()}
+
+
+def _hub_parts(place: str) -> tuple[str, str | None, str | None]:
+    path, _, revision = place.partition("@")
+    path, _, config = path.partition(":")
+    return path, config or None, revision or None

@@ -1,0 +1,248 @@
+"""Documents end to end, cut into rows of one length: no token lost, none twice, however many processes tokenize.
+
+A row is a place in the tokens of the whole dataset, so nothing is copied; the last row is filled up with padding.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .documents import Source, check_text, token_ids
+
+IGNORED = -100
+
+
+def make_row(tokens: np.ndarray, starts: np.ndarray, length: int, padding: int, document_mask: bool) -> dict:
+    """What the model gets for a row.
+
+    Args:
+        tokens (`np.ndarray` of shape `(n,)`): at most `length` tokens.
+        starts (`np.ndarray` of shape `(n,)`): which of them begin a document.
+        length (`int`): tokens of a row.
+        padding (`int`): token that fills it up; it is not predicted.
+        document_mask (`bool`): whether attention stays inside of documents. Positions then restart at each, which is
+            how transformers tells packed documents apart, and no first token is predicted from another document.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `input_ids`, `labels` and, with `document_mask`, `position_ids`, all of shape
+        `(length,)`. Padding stands behind all that attends, so it needs no mask.
+    """
+    ids = np.full(length, padding, dtype=np.int64)
+    ids[: len(tokens)] = tokens
+    labels = np.full(length, IGNORED, dtype=np.int64)
+    labels[: len(tokens)] = tokens
+    row = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    if document_mask:
+        begins = np.zeros(length, dtype=bool)
+        begins[: len(tokens)] = starts
+        begins[len(tokens) : len(tokens) + 1] = True  # padding is a document of its own
+        labels[begins] = IGNORED
+        begins[0] = True
+        place = np.arange(length)
+        row["position_ids"] = torch.from_numpy(place - np.maximum.accumulate(np.where(begins, place, 0)))
+    return row
+
+
+def tokenized(source: Source, tokenizer, workers: int = 1):
+    """A dataset of documents as tokens, in a column `input_ids` of int32; kept in the cache of `datasets`.
+
+    Args:
+        source ([`Source`]): where the documents come from.
+        tokenizer (`PreTrainedTokenizerBase`): with an end-of-text token.
+        workers (`int`): processes.
+
+    Raises:
+        ValueError: if there is no such data or column, or a document is no text.
+    """
+    import datasets
+
+    dataset = source.open(streaming=False)
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    return dataset.map(
+        _to_tokens,
+        batched=True,
+        input_columns=[source.column],
+        fn_kwargs={"tokenizer": tokenizer, "column": source.column},
+        remove_columns=dataset.column_names,
+        features=features,
+        num_proc=workers if workers > 1 and len(dataset) > workers else None,
+        desc=f"Tokenizing {source.name}",
+    )
+
+
+def _to_tokens(texts, tokenizer, column):
+    for text in texts:
+        check_text(text, column, "a document")
+    return {"input_ids": token_ids(texts, tokenizer)}
+
+
+class PackedRows(Dataset):
+    """Rows of tokenized documents: row `i` is the tokens from `i * length` on of all documents end to end.
+
+    Args:
+        documents (`datasets.Dataset`): from [`tokenized`].
+        length (`int`): tokens of a row.
+        padding (`int`): token that fills the last row up.
+        document_mask (`bool`): see [`make_row`].
+    """
+
+    def __init__(self, documents, length: int, padding: int, document_mask: bool = False):
+        self._documents = documents
+        self.length, self._padding, self._document_mask = length, padding, document_mask
+        self._open()
+
+    def _open(self):
+        chunks = self._documents.data.column("input_ids").chunks
+        # The numbers as they lie on the disk.
+        self._pieces = [chunk.flatten().to_numpy() for chunk in chunks]
+        self._offsets = [chunk.offsets.to_numpy() - chunk.offsets[0].as_py() for chunk in chunks if len(chunk)]
+        self._pieces = [piece for piece, chunk in zip(self._pieces, chunks, strict=True) if len(chunk)]
+        self._ends = np.cumsum([len(piece) for piece in self._pieces], dtype=np.int64)
+
+    def __getstate__(self):
+        # A worker of a dataloader maps the files by itself.
+        return {key: value for key, value in vars(self).items() if key not in ("_pieces", "_offsets", "_ends")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._open()
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all documents."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __len__(self):
+        return -(-self.tokens // self.length)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        begin, end = index * self.length, min((index + 1) * self.length, self.tokens)
+        tokens, starts = [], []
+        piece = int(np.searchsorted(self._ends, begin, side="right"))
+        while begin < end:
+            first = int(self._ends[piece]) - len(self._pieces[piece])
+            part = slice(begin - first, min(end - first, len(self._pieces[piece])))
+            tokens.append(self._pieces[piece][part])
+            starts.append(self._starts(piece, part))
+            begin = first + part.stop
+            piece += 1
+        return make_row(np.concatenate(tokens), np.concatenate(starts), self.length, self._padding, self._document_mask)
+
+    def _starts(self, piece: int, part: slice) -> np.ndarray:
+        offsets = self._offsets[piece]
+        found = offsets[np.searchsorted(offsets, part.start) : np.searchsorted(offsets, part.stop)]
+        starts = np.zeros(part.stop - part.start, dtype=bool)
+        starts[found - part.start] = True
+        return starts
+
+
+class Mixture:
+    """Shares of several sources, exact in every block of `block` rows.
+
+    Args:
+        weights (`Sequence[float]`): shares of tokens; need not sum to 1.
+        block (`int`): rows of a block.
+        seed (`int`): of the order inside of blocks.
+
+    Raises:
+        ValueError: if a weight is not positive, or too small for a row in each block.
+    """
+
+    def __init__(self, weights: Sequence[float], block: int = 1024, seed: int = 0):
+        if not all(np.isfinite(weights)) or min(weights) <= 0:
+            raise ValueError(f"dataset_weights={list(weights)} must be positive numbers.")
+        self.block, self.seed = block, seed
+        self.shares = np.asarray(weights, dtype=float) / sum(weights)
+        if min(self.counts(block)) == 0:
+            raise ValueError(
+                f"dataset_weights={list(weights)}: {min(self.shares):.2g} of {block} rows is less than one. Raise the "
+                "smallest weight, or leave that dataset out."
+            )
+
+    def counts(self, rows: int) -> list[int]:
+        """How many of `rows` rows come from each source."""
+        exact = self.shares * rows
+        counts = np.floor(exact).astype(int)
+        most = np.argsort(counts - exact, kind="stable")  # the largest remainders first
+        counts[most[: rows - counts.sum()]] += 1
+        return counts.tolist()
+
+    def order(self, number: int, rows: int) -> np.ndarray:
+        """Order of the rows of a block; they are numbered source by source."""
+        return np.random.default_rng((self.seed, number)).permutation(rows)
+
+    def sources(self, number: int) -> np.ndarray:
+        """Source of each row of a block."""
+        labels = np.repeat(np.arange(len(self.shares)), self.counts(self.block))
+        return labels[self.order(number, self.block)]
+
+
+class MixedRows(Dataset):
+    """Packed rows of several sources in the order in which they are trained on.
+
+    Each source is shuffled in every pass over it. Row `i` does not depend on how many there are.
+
+    Args:
+        parts (`Sequence[PackedRows]`): the sources.
+        mixture ([`Mixture`]): their shares.
+        first (`int`): row that the run begins with; may be negative, for rows that are never asked for.
+        rows (`int`): number of rows.
+        passes (`int`): how often a source may be gone through.
+        names (`Sequence[str]`): of the sources, for messages.
+
+    Raises:
+        ValueError: if a source has too few rows; the message says how many passes it would take.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[PackedRows],
+        mixture: Mixture,
+        *,
+        first: int = 0,
+        rows: int,
+        passes: int = 1,
+        names: Sequence[str] = (),
+    ):
+        self._parts, self._mixture, self._first, self._rows = parts, mixture, first, rows
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._sources: tuple[int, np.ndarray] | None = None
+        for index, part in enumerate(parts):
+            name = names[index] if names else str(index)
+            if not len(part):
+                raise ValueError(f"The training data {name!r} has no text in it, only empty documents.")
+            needed = round(mixture.shares[index] * (first + rows))
+            # What blocks round may differ by a row each way.
+            if needed > passes * len(part) + 1:
+                raise ValueError(
+                    f"The training data {name!r} has {part.tokens:,} tokens, but the run takes "
+                    f"{needed * part.length:,} of it: {needed / len(part):.1f} passes. Lower train_tokens, raise "
+                    "num_train_epochs (how many passes are allowed), or give more data."
+                )
+
+    def __len__(self):
+        return self._rows
+
+    def __getitem__(self, index: int) -> dict:
+        number, place = divmod(self._first + index, self._mixture.block)
+        sources = self._block(number)
+        source = int(sources[place])
+        count = number * int((sources == source).sum()) + int((sources[:place] == source).sum())
+        part = self._parts[source]
+        turn, row = divmod(count, len(part))
+        return part[int(self._order(source, turn, len(part))[row])]
+
+    def _block(self, number: int) -> np.ndarray:
+        if self._sources is None or self._sources[0] != number:
+            self._sources = number, self._mixture.sources(number)
+        return self._sources[1]
+
+    def _order(self, source: int, turn: int, rows: int) -> np.ndarray:
+        if (source, turn) not in self._orders:
+            self._orders.pop((source, turn - 2), None)
+            self._orders[source, turn] = np.random.default_rng((self._mixture.seed, source, turn)).permutation(rows)
+        return self._orders[source, turn]

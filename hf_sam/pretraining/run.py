@@ -1,0 +1,221 @@
+"""A run from its settings to the saved model: checked, resumed if it was interrupted, left alone if it is done."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.logging import get_logger
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..evaluation.sources import find_model
+from ..resources import check_disk, write_json
+from ..schedule import SAMWindow, ascent_count
+from .arguments import DataArguments, ModelArguments, PretrainingArguments
+from .checkpoints import last_complete, read_position
+from .data import training_data
+from .planning import Plan, measure_model
+from .trainer import PretrainingTrainer
+
+logger = get_logger(__name__)
+
+DONE = "training_done.json"
+
+
+def pretrain(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> str:
+    """Train, and save model and tokenizer in `args.output_dir`.
+
+    A run that was interrupted goes on from its last complete checkpoint; one that is done is left alone.
+
+    Returns:
+        `str`: folder of the model.
+
+    Raises:
+        ValueError, OSError: before anything is trained, if something that it needs is not there.
+    """
+    if is_done(args):
+        logger.info(f"The run in {args.output_dir} is done.", main_process_only=True)
+        return args.output_dir
+    data_args.check()
+    source = model_source(model_args, args)
+    config = load_config(source, model_args)
+    tokenizer = load_tokenizer(source, model_args)
+    check_fits(config, tokenizer, args.sequence_length)
+    check_space(args, config, model_args)
+    checkpoint = last_complete(args.output_dir, args.world_size)
+    data = training_data(
+        data_args,
+        args,
+        tokenizer,
+        before=read_position(args.anneal_from) if args.anneal_from else None,
+        now=read_position(checkpoint) if checkpoint else None,
+    )
+    model = make_model(source, config, model_args, args.seed)
+    model.config.use_cache = False
+    trainer = PretrainingTrainer(model=model, args=args, data=data, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=checkpoint or args.anneal_from)
+    trainer.save_model(args.output_dir)
+    mark_done(trainer, args)
+    return args.output_dir
+
+
+def plan(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments, devices: int) -> Plan:
+    """What the run will take; loads the configuration of the model, no weights and no data."""
+    config = load_config(None if model_args.config_name else model_source(model_args, args), model_args)
+    size = measure_model(
+        lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code),
+        args.per_device_train_batch_size,
+        args.sequence_length,
+        bf16=args.bf16,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    steps = args.max_steps - args.first_step
+    sequences = args.global_batch_size or args.per_device_train_batch_size * devices * args.gradient_accumulation_steps
+    return Plan(
+        tokens=steps * sequences * args.sequence_length,
+        steps=steps,
+        sequences=sequences,
+        length=args.sequence_length,
+        passes=_passes(args, sequences, devices, steps),
+        size=size,
+        batch=args.per_device_train_batch_size,
+        devices=devices,
+    )
+
+
+def _passes(args: PretrainingArguments, sequences: int, devices: int, steps: int) -> float:
+    window = SAMWindow.resolve(args, args.max_steps)
+    acting = sum(step in window for step in range(args.first_step, args.max_steps))
+    micro_batches = max(1, sequences // (args.per_device_train_batch_size * devices))
+    return 1 + acting / steps * ascent_count(args.sam_ascent_micro_batches, micro_batches) / micro_batches
+
+
+def is_done(args) -> bool:
+    """Whether a run with these settings has been through.
+
+    Raises:
+        ValueError: if one with other settings has.
+    """
+    path = Path(args.output_dir) / DONE
+    if not path.exists():
+        return False
+    done = json.loads(path.read_text(encoding="utf-8"))
+    if done["settings"] != _settings(args):
+        changed = [
+            f"{name} {done['settings'].get(name)!r} -> {value!r}"
+            for name, value in _settings(args).items()
+            if done["settings"].get(name) != value
+        ]
+        raise ValueError(
+            f"output_dir={args.output_dir!r} holds a finished run with other settings ({', '.join(changed)}). Choose "
+            "another folder, or remove that one."
+        )
+    return True
+
+
+def mark_done(trainer, args) -> None:
+    """Leave the mark that `is_done` looks for."""
+    if trainer.is_world_process_zero():
+        loss = next(
+            (entry["train_loss"] for entry in reversed(trainer.state.log_history) if "train_loss" in entry), None
+        )
+        write_json(
+            Path(args.output_dir) / DONE,
+            {"settings": _settings(args), "steps": trainer.state.global_step, "train_loss": loss},
+        )
+    trainer.accelerator.wait_for_everyone()
+
+
+# What decides where training ends up; batches per device and the like do not.
+_DECISIVE = (
+    *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "sam_rho"),
+    *("sam_adaptive", "sam_phase", "anneal_steps", "anneal_type", "anneal_min_lr_ratio"),
+)
+
+
+def _settings(args) -> dict:
+    return {name: getattr(args, name) for name in _DECISIVE}
+
+
+def model_source(model_args: ModelArguments, args: PretrainingArguments) -> str | None:
+    """The folder whose weights are the start, downloaded if need be; None for random weights.
+
+    Raises:
+        ValueError, OSError: see [`~hf_sam.evaluation.sources.find_model`].
+    """
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if name is None:
+        if model_args.config_name is None:
+            raise ValueError(
+                "Say which model to train: model_name_or_path (its weights are the start) or config_name (random ones)."
+            )
+        return None
+    if not os.path.isdir(name) and revision:
+        name = f"{name}@{revision}"
+    return str(find_model(name).folder)
+
+
+def load_config(source: str | None, model_args: ModelArguments):
+    """The model's configuration."""
+    place = source or model_args.config_name
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=model_args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config_name={place!r} cannot be read: {error}") from error
+
+
+def load_tokenizer(source: str | None, model_args: ModelArguments):
+    """The tokenizer of the model, or that of `tokenizer_name`."""
+    place = model_args.tokenizer_name or source
+    if place is None:
+        raise ValueError("A model from scratch needs tokenizer_name: a folder or an id of the hub.")
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=model_args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no tokenizer {place!r}: {error}") from error
+
+
+def check_fits(config, tokenizer, length: int) -> None:
+    """Raises ValueError if rows are too long for the model, or the tokenizer has more tokens than it."""
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ValueError(f"sequence_length={length} is more than the {longest} positions of the model.")
+    if len(tokenizer) > text.vocab_size:
+        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, but the model only {text.vocab_size}.")
+
+
+def check_space(args: PretrainingArguments, config, model_args: ModelArguments) -> None:
+    """Raises OSError if the disk has no space for the checkpoints: weights and two moments, each in fp32."""
+    if args.process_index:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+    weights = 4 * sum(param.numel() for param in model.parameters())
+    saves = 0 if args.save_strategy == "no" else _checkpoints(args)
+    check_disk(
+        args.output_dir,
+        weights + saves * 3 * weights,
+        f"the model and {saves} checkpoint{'' if saves == 1 else 's'} of it (save_steps, save_total_limit)",
+    )
+
+
+def _checkpoints(args: PretrainingArguments) -> int:
+    steps = args.max_steps - args.first_step
+    every = args.save_steps if args.save_steps >= 1 else max(1, round(args.save_steps * args.max_steps))
+    most = -(-steps // every) if args.save_strategy == "steps" else 1
+    # The oldest goes when the newest is there.
+    return int(min(most, (args.save_total_limit or most) + 1))
+
+
+def make_model(source: str | None, config, model_args: ModelArguments, seed: int):
+    """The model in fp32: SAM's perturbation, and small updates, are lost in 16-bit weights."""
+    if source is None:
+        transformers.set_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=model_args.trust_remote_code
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, trust_remote_code=model_args.trust_remote_code
+    )

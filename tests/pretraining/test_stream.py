@@ -1,0 +1,148 @@
+"""A stream goes on where it was, to the token, whoever tokenizes and however far it had read ahead."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from toy_pretraining import ids_of, read_documents, tokens_of, write_documents
+from toy_trl import tokenizer
+
+from hf_sam.pretraining import Mixture, PackedStream, Source, TokenStream
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("corpus") / "data", files=4, documents=200)
+
+
+def token_stream(pattern, **options) -> TokenStream:
+    return TokenStream(Source(pattern), tokenizer(), seed=5, **{"passes": 3, **options})
+
+
+def stream(pattern, rows=300, block=32, workers=1, weights=(1.0,), **options) -> PackedStream:
+    sources = [token_stream(pattern, workers=workers, passes=3) for _ in weights]
+    return PackedStream(sources, Mixture(list(weights), block, seed=1), length=16, rows=rows, **options)
+
+
+def ids(rows) -> list[list[int]]:
+    return [row["input_ids"].tolist() for row in rows]
+
+
+def test_a_pass_holds_every_token_of_every_file_once(corpus):
+    texts = read_documents(corpus)
+    tokenized = [tokens_of(file, tokenizer()) for file in texts]
+    total = sum(map(len, tokenized))
+    source = token_stream(corpus)
+    for _ in range(3):
+        tokens, starts = source.take(total)
+        documents = sum(bool(text) for file in texts for text in file)
+        assert starts.sum() == documents
+        # File by file, in whichever order.
+        orders = [
+            order
+            for order in itertools.permutations(range(len(texts)))
+            if [token for file in order for token in tokenized[file]] == tokens.tolist()
+        ]
+        assert len(orders) == 1
+    with pytest.raises(ValueError, match=r"ended after 3 passes.*Lower train_tokens.*num_train_epochs"):
+        source.take(1)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 17, 3000, 5000])
+def test_tokens_go_on_where_the_state_was_taken(corpus, taken):
+    source = token_stream(corpus)
+    source.take(taken)
+    state = json.loads(json.dumps(source.state()))
+    expected = source.take(7000)  # across files, and into the next pass
+    for workers in (1, 3):
+        other = token_stream(corpus, workers=workers)
+        other.load_state(state)
+        got = other.take(7000)
+        assert (got[0] == expected[0]).all()
+        assert (got[1] == expected[1]).all()
+
+
+def test_rows_hold_the_tokens_of_the_stream_and_are_shuffled_inside_of_blocks(corpus):
+    rows = ids(stream(corpus))
+    tokens = token_stream(corpus).take(300 * 16)[0].tolist()
+    plain = [tokens[16 * i : 16 * i + 16] for i in range(300)]
+    for block in range(0, 300, 32):
+        assert sorted(rows[block : block + 32]) == sorted(plain[block : block + 32])
+    assert rows != plain
+    assert ids(stream(corpus, block=1)) == plain
+
+
+def test_the_same_for_one_and_two_workers(corpus):
+    assert ids(stream(corpus, workers=1)) == ids(stream(corpus, workers=2))
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 3.0)])
+@pytest.mark.parametrize("consumed", [0, 1, 31, 32, 33, 64, 150, 299])
+def test_rows_go_on_where_the_run_was_however_far_it_had_read(corpus, consumed, weights):
+    whole = ids(stream(corpus, weights=weights))
+    interrupted = stream(corpus, weights=weights)
+    reader = iter(interrupted)
+    for _ in range(min(300, consumed + 7)):  # what the dataloader fetched ahead
+        next(reader)
+    state = json.loads(json.dumps(interrupted.state(consumed)))
+    reader.close()
+    resumed = stream(corpus, weights=weights)
+    resumed.load_state(state)
+    assert ids(resumed) == whole[consumed:]
+    # Twice interrupted.
+    again = stream(corpus, weights=weights)
+    again.load_state(state)
+    reader = iter(again)
+    for _ in range(min(40, 300 - consumed)):
+        next(reader)
+    later = min(300, consumed + 40)
+    last = stream(corpus, weights=weights)
+    last.load_state(again.state(later))
+    assert ids(last) == whole[later:]
+
+
+def test_a_longer_stream_goes_on_behind_a_shorter_one(corpus):
+    short = stream(corpus, rows=100)
+    first = ids(short)
+    longer = stream(corpus, rows=300)
+    longer.load_state(short.state(100))
+    rest = ids(longer)
+    tokens = token_stream(corpus).take(300 * 16)[0].tolist()
+    assert sorted(first + rest) == sorted(tokens[16 * i : 16 * i + 16] for i in range(300))
+
+
+def test_shares_of_a_mixture_are_those_asked_for(tmp_path):
+    specs = [write_documents(tmp_path / name, files=1, documents=300, seed=seed) for seed, name in enumerate("ab")]
+    sources = [TokenStream(Source(spec), tokenizer()) for spec in specs]
+    rows = ids(PackedStream(sources, Mixture([1, 3], 40, seed=1), length=8, rows=80))
+    expected = [
+        TokenStream(Source(spec), tokenizer()).take(count * 8)[0] for spec, count in zip(specs, (20, 60), strict=True)
+    ]
+    assert sorted(rows) == sorted(row for part in expected for row in part.reshape(-1, 8).tolist())
+
+
+def test_documents_are_marked_where_asked(corpus):
+    rows = list(stream(corpus, rows=20, document_mask=True))
+    assert all((row["position_ids"] == 0).sum() >= 1 for row in rows)
+    end = tokenizer().eos_token_id
+    for row in rows:
+        begins = torch.cat([torch.tensor([True]), row["input_ids"][:-1] == end])
+        assert torch.equal(row["position_ids"] == 0, begins)
+
+
+def test_what_is_no_text_is_told(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"text": null}\n')
+    with pytest.raises(ValueError, match="holds NoneType instead of text in the column 'text'"):
+        TokenStream(Source(str(tmp_path / "bad.jsonl")), tokenizer()).take(9)
+
+
+def test_rows_of_a_stream_are_those_of_packed_rows(tmp_path):
+    from hf_sam.pretraining import PackedRows, tokenized
+
+    spec = write_documents(tmp_path / "data", files=1, documents=100)
+    packed = PackedRows(tokenized(Source(spec), tokenizer()), 16, padding=0)
+    full = packed.tokens // 16
+    sources = [TokenStream(Source(spec), tokenizer())]
+    rows = PackedStream(sources, Mixture([1.0], block=1), length=16, rows=full)
+    assert ids_of(rows) == ids_of(packed[i] for i in range(full))
