@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate.logging import get_logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_pt_utils import get_model_param_count
 
 from ..evaluation.sources import find_model
 from ..resources import check_disk, write_json
@@ -42,7 +43,9 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     config = load_config(source, model_args)
     tokenizer = load_tokenizer(source, model_args)
     check_fits(config, tokenizer, args.sequence_length)
-    check_space(args, config, model_args)
+    model = make_model(source, config, model_args, args.seed)
+    model.config.use_cache = False
+    check_space(args, model)
     checkpoint = last_complete(args.output_dir, args.world_size)
     data = training_data(
         data_args,
@@ -51,8 +54,6 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         before=read_position(args.anneal_from) if args.anneal_from else None,
         now=read_position(checkpoint) if checkpoint else None,
     )
-    model = make_model(source, config, model_args, args.seed)
-    model.config.use_cache = False
     trainer = PretrainingTrainer(model=model, args=args, data=data, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=checkpoint or args.anneal_from)
     trainer.save_model(args.output_dir)
@@ -186,19 +187,16 @@ def check_fits(config, tokenizer, length: int) -> None:
         raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, but the model only {text.vocab_size}.")
 
 
-def check_space(args: PretrainingArguments, config, model_args: ModelArguments) -> None:
+def check_space(args: PretrainingArguments, model) -> None:
     """Raises OSError if the disk has no space for the checkpoints: weights and two moments, each in fp32."""
-    if args.process_index:
-        return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
-    weights = 4 * sum(param.numel() for param in model.parameters())
+    weights = 4 * get_model_param_count(model)
     saves = 0 if args.save_strategy == "no" else _checkpoints(args)
-    check_disk(
-        args.output_dir,
-        weights + saves * 3 * weights,
-        f"the model and {saves} checkpoint{'' if saves == 1 else 's'} of it (save_steps, save_total_limit)",
-    )
+    if args.process_index == 0:
+        check_disk(
+            args.output_dir,
+            weights + saves * 3 * weights,
+            f"the model and {saves} checkpoint{'' if saves == 1 else 's'} of it (save_steps, save_total_limit)",
+        )
 
 
 def _checkpoints(args: PretrainingArguments) -> int:

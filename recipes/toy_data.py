@@ -1,7 +1,10 @@
 """Real text that is on any machine with the dependencies installed: no network, no hub.
 
+    python recipes/toy_data.py --output_dir outputs/toy/data
+
 Pretraining text is the English of the docstrings of torch and transformers; the fine-tuning task is the grade-school
-word problems of the reasoning-gym package, with their worked solutions.
+word problems of the reasoning-gym package, with their worked solutions. Writes `train.jsonl` and `held_out.jsonl`
+(text), `problems.jsonl` (prompts and completions), and a tokenizer.
 """
 
 import ast
@@ -9,18 +12,19 @@ import hashlib
 import importlib.util
 import itertools
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
-import torch
+from configuration import RecipeParser, told
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS_PACKAGES = ("torch", "transformers")
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are mostly boilerplate
 HELD_OUT_SHARE = 0.04
-IGNORED = -100
 
 
 def load_corpus(text_file: str | None = None) -> tuple[list[str], list[str]]:
@@ -94,16 +98,6 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> datasets.Dataset:
-    """The documents, end to end with an end-of-text token between them, cut into rows of `length` tokens."""
-    ids = []
-    for encoded in tokenizer(documents)["input_ids"]:
-        ids.extend(encoded)
-        ids.append(tokenizer.eos_token_id)
-    rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-    return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
-
-
 def problem_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int, seed: int) -> list[dict[str, str]]:
     """`count` word problems as `prompt` with a worked solution as `completion`, of at most `length` tokens together.
 
@@ -127,27 +121,39 @@ def problem_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int, s
     )
 
 
-def tokenized(texts: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, length: int) -> datasets.Dataset:
-    """Prompts and completions padded to `length`; the loss is over the completion only."""
-    columns: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for text in texts:
-        prompt = tokenizer(text["prompt"])["input_ids"]
-        ids = [*prompt, *tokenizer(text["completion"])["input_ids"], tokenizer.eos_token_id]
-        padding = length - len(ids)
-        columns["input_ids"].append(ids + [tokenizer.pad_token_id] * padding)
-        columns["attention_mask"].append([1] * len(ids) + [0] * padding)
-        columns["labels"].append([IGNORED] * len(prompt) + ids[len(prompt) :] + [IGNORED] * padding)
-    return datasets.Dataset.from_dict(columns).with_format("torch")
-
-
-def without_common_padding(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch of `rows`, cut to its longest row."""
-    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    if "attention_mask" in batch:
-        longest = int(batch["attention_mask"].sum(dim=1).max())
-        batch = {key: value[:, :longest] for key, value in batch.items()}
-    return batch
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+@dataclass
+class ToyDataArguments:
+    """What is written where."""
+
+    output_dir: str = field(default="outputs/toy/data", metadata={"help": "Where the files go."})
+    text_file: str | None = field(
+        default=None, metadata={"help": "Text to use instead of docstrings; blank lines end documents."}
+    )
+    vocabulary: int = field(default=512, metadata={"help": "Tokens of the tokenizer."})
+    problems: int = field(default=1280, metadata={"help": "Number of word problems."})
+    problem_length: int = field(default=288, metadata={"help": "Tokens of the longest word problem."})
+    seed: int = field(default=42, metadata={"help": "Seed of the word problems."})
+
+
+@told
+def main(argv: list[str] | None = None) -> int:
+    """Write the files; returns the exit status."""
+    settings, _ = RecipeParser(ToyDataArguments, prog="toy_data.py").parse(argv)
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    train, held_out = load_corpus(settings.text_file)
+    tokenizer = train_tokenizer(train, settings.vocabulary)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    Dataset.from_dict({"text": train}).to_json(folder / "train.jsonl")
+    Dataset.from_dict({"text": held_out}).to_json(folder / "held_out.jsonl")
+    problems = problem_texts(tokenizer, settings.problems, settings.problem_length, settings.seed)
+    Dataset.from_list(problems).to_json(folder / "problems.jsonl")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Stages of an experiment: commands that need one another, run once each, side by side where there are devices."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_sam.resources import write_json
+
+# Lines of a log that are shown when its stage fails.
+_TAIL = 25
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, and what must be done before it.
+
+    Attributes:
+        name (`str`): what it is called, and its log.
+        command (`Callable[[], list[str]]`): the command; asked for when the stages before it are done.
+        settings (`dict`): what it depends on; a stage whose settings changed is not done.
+        needs (`tuple[str, ...]`): names of stages.
+        wide (`bool`): whether it takes all devices at once.
+    """
+
+    name: str
+    command: Callable[[], list[str]]
+    settings: dict
+    needs: tuple[str, ...] = ()
+    wide: bool = False
+
+
+@dataclass
+class _Running:
+    process: subprocess.Popen
+    slots: list[int]
+    started: float
+    log: Path
+
+
+@dataclass
+class Stages:
+    """Runs stages in an order in which each comes after those that it needs.
+
+    What is done is remembered in files below `folder`, so that a chain that was interrupted goes on where it was.
+
+    Args:
+        stages (`Sequence[Stage]`): in any order.
+        folder (`Path`): of marks and logs.
+        devices (`Sequence[str]`): what `CUDA_VISIBLE_DEVICES` is set to for each; empty names on the CPU.
+        say (`Callable[[str], None]`): tells how it goes.
+    """
+
+    stages: Sequence[Stage]
+    folder: Path
+    devices: Sequence[str] = ("",)
+    say: Callable[[str], None] = print
+    _running: dict[str, _Running] = field(default_factory=dict)
+
+    def __post_init__(self):
+        names = [stage.name for stage in self.stages]
+        for stage in self.stages:
+            if missing := [name for name in stage.needs if name not in names]:
+                raise ValueError(f"The stage {stage.name!r} needs {missing[0]!r}, which there is not.")
+
+    def mark(self, stage: Stage) -> Path:
+        """The file that tells that a stage is done."""
+        return self.folder / "done" / f"{stage.name.replace('/', '-')}.json"
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether a stage has been through.
+
+        Raises:
+            ValueError: if it has, with other settings.
+        """
+        path = self.mark(stage)
+        if not path.exists():
+            return False
+        done = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        now = json.loads(json.dumps(stage.settings))
+        if done != now:
+            changed = sorted(name for name in done.keys() | now.keys() if done.get(name) != now.get(name))
+            raise ValueError(
+                f"The stage {stage.name!r} was run with other settings ({', '.join(changed)}). Choose another "
+                f"--output_dir, or remove {path} and what the stage wrote, to run it again."
+            )
+        return True
+
+    def run(self) -> bool:
+        """Run what is not done; returns whether all is done in the end.
+
+        A stage that fails leaves the others running; those that need it are not started.
+        """
+        done = {stage.name for stage in self.stages if self.is_done(stage)}
+        if done:
+            self.say(f"{len(done)} of {len(self.stages)} stages are done already.")
+        failed: set[str] = set()
+        free = list(range(len(self.devices)))
+        try:
+            while len(done) + len(failed) < len(self.stages):
+                waiting = [s for s in self.stages if s.name not in done | failed | self._running.keys()]
+                for stage in waiting:
+                    takes = len(self.devices) if stage.wide else 1
+                    if set(stage.needs) <= done and len(free) >= takes:
+                        slots, free = free[:takes], free[takes:]
+                        self._start(stage, slots)
+                if not self._running:
+                    break  # what is left needs what failed
+                name, status = self._wait()
+                ended = self._running.pop(name)
+                free = sorted([*free, *ended.slots])
+                (failed if status else done).add(name)
+                self._tell(name, status, ended, len(done))
+        finally:
+            self._stop()
+        return len(done) == len(self.stages)
+
+    def _start(self, stage: Stage, slots: list[int]) -> None:
+        log = self.folder / "logs" / f"{stage.name.replace('/', '-')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ}
+        names = [self.devices[slot] for slot in slots]
+        if all(names):
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+        else:
+            # As many stages as processors, so one thread each.
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(self.devices))))
+        command = stage.command()
+        with log.open("a", encoding="utf-8") as out:
+            out.write(f"$ {' '.join(command)}\n")
+            out.flush()
+            # A group of its own, so that what a launcher started ends with it.
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        self._running[stage.name] = _Running(process, slots, time.perf_counter(), log)
+        self.say(f"started {stage.name}" + (f" on {', '.join(names)}" if all(names) else ""))
+
+    def _wait(self) -> tuple[str, int]:
+        while True:
+            for name, running in self._running.items():
+                status = running.process.poll()
+                if status is not None:
+                    return name, status
+            time.sleep(0.2)
+
+    def _tell(self, name: str, status: int, ended: _Running, done: int) -> None:
+        seconds = time.perf_counter() - ended.started
+        if status == 0:
+            stage = next(stage for stage in self.stages if stage.name == name)
+            write_json(self.mark(stage), {"settings": stage.settings, "seconds": round(seconds, 1)})
+            self.say(f"[{done}/{len(self.stages)}] {name} took {seconds:.0f} s")
+            return
+        lines = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+        self.say(f"{name} failed with status {status}; the end of {ended.log}:\n" + "\n".join(lines))
+
+    def _stop(self) -> None:
+        for running in self._running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.process.pid, signal.SIGTERM)
+        for running in self._running.values():
+            try:
+                running.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(running.process.pid, signal.SIGKILL)
+        self._running.clear()
+
+
+def python(script: Path, config: Path, processes: int = 1, accelerate_config: str | None = None) -> list[str]:
+    """The command that runs a recipe with a config, under `accelerate launch` if on several devices."""
+    if processes == 1:
+        return [sys.executable, str(script), "--config", str(config)]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    chosen = ["--config_file", accelerate_config] if accelerate_config else ["--multi_gpu", "--mixed_precision", "no"]
+    return [*launcher, *chosen, "--num_processes", str(processes), str(script), "--config", str(config)]

@@ -1,0 +1,252 @@
+"""`olmo_mid_sam.py` from beginning to end: on one and two processes, killed and resumed, against a loop by hand."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from toy import olmo2
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def config(shelf_of_recipes, tmp_path_factory):
+    """A file with the settings of a small run: 8 rows of 16 tokens a step, SAM in the second half, checkpoints."""
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model_name_or_path": str(shelf_of_recipes / "model"),
+                "datasets": [str(shelf_of_recipes / "text" / "*.jsonl")],
+                "train_tokens": str(STEPS * 8 * 16),
+                "sequence_length": 16,
+                "global_batch_size": 8,
+                "per_device_train_batch_size": 2,
+                "block_rows": 24,
+                "learning_rate": 5e-3,
+                "lr_scheduler_type": "linear",
+                "weight_decay": 0.1,
+                "no_weight_decay": ["embed_tokens"],
+                "z_loss": 1e-3,
+                "sam_rho": 0.05,
+                "sam_start_steps": 3,
+                "save_steps": 3,
+                "logging_steps": 1,
+                "use_cpu": True,
+                "report_to": "none",
+                "disable_tqdm": True,
+            }
+        )
+    )
+    return str(path)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def run(launch, config, output, *flags, **job):
+    return launch("olmo_mid_sam", ["--config", config, "--output_dir", str(output), *flags], **job)
+
+
+def logged(folder) -> list[tuple]:
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in state["log_history"] if "loss" in entry]
+
+
+def largest_difference(one, two):
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+CASES = [
+    ("single", 1, False),
+    ("single", 1, True),
+    ("ddp", 2, True),
+    ("fsdp2", 2, False),
+    ("zero3", 2, True),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(launch, config, tmp_path_factory):
+    """Folders of runs that nothing interrupted, by strategy and kind of data."""
+    folders = {}
+
+    def get(strategy, ranks, streaming):
+        key = strategy, streaming
+        if key not in folders:
+            folder = tmp_path_factory.mktemp("finished")
+            ended = run(launch, config, folder, "--streaming", streaming, ranks=ranks, strategy=strategy)
+            assert ended.status == [0] * ranks, ended.output[0][-3000:]
+            folders[key] = folder
+        return folders[key]
+
+    return get
+
+
+@pytest.mark.parametrize(("strategy", "ranks", "streaming"), CASES)
+def test_killed_and_resumed_it_ends_with_the_same_weights(
+    launch, config, finished, tmp_path, strategy, ranks, streaming
+):
+    """SIGKILL while it writes a checkpoint; the same command again."""
+    flags = ["--streaming", streaming]
+    # Seen as soon as the host begins to write the second checkpoint, so the first one counts.
+    killed = run(launch, config, tmp_path, *flags, ranks=ranks, strategy=strategy, kill_at=tmp_path / "checkpoint-6")
+    assert -9 in killed.status, killed.output[0][-2000:]
+    assert not (tmp_path / "training_done.json").exists()
+    again = run(launch, config, tmp_path, *flags, ranks=ranks, strategy=strategy)
+    assert again.status == [0] * ranks, again.output[0][-3000:]
+    whole = finished(strategy, ranks, streaming)
+    assert largest_difference(weights(whole), weights(tmp_path)) == 0
+    # It did go on, and not begin again.
+    states = [
+        json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()) for folder in (whole, tmp_path)
+    ]
+    losses = [[(e["step"], e["loss"], e["grad_norm"]) for e in s["log_history"] if "loss" in e] for s in states]
+    assert losses[0] == losses[1]
+    assert [step for step, *_ in losses[1]] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(("strategy", "ranks", "streaming"), CASES[2:])
+def test_the_same_rows_in_the_same_order_on_two_processes(finished, strategy, ranks, streaming):
+    """Weights after ten steps: gradients are summed in another order, and AdamW's first steps enlarge the last bits."""
+    alone = weights(finished("single", 1, streaming))
+    assert largest_difference(alone, weights(finished(strategy, ranks, streaming))) < 2e-5
+    start = olmo2().state_dict()
+    assert largest_difference(alone, start) > 1e-2
+
+
+def test_a_loop_by_hand_ends_with_the_same_weights(finished, shelf_of_recipes, config):
+    """Rows, z-loss, SAM, decay of all but the embeddings, schedule: against the plain reference."""
+    from toy_pretraining import read_documents, tokens_of
+    from toy_trl import tokenizer
+
+    from hf_sam.pretraining import Mixture, PackedStream, Source, TokenStream
+
+    settings = yaml.safe_load(Path(config).read_text())
+    pattern = settings["datasets"][0]
+    everything = {tuple(tokens_of(file, tokenizer())) for file in read_documents(pattern)}
+    stream = TokenStream(Source(pattern), tokenizer(), seed=42)
+    rows = list(PackedStream([stream], Mixture([1.0], 24, seed=42), length=16, rows=STEPS * 8))
+    first = tuple(TokenStream(Source(pattern), tokenizer(), seed=42).take(60)[0].tolist())
+    assert any(file[:60] == first for file in everything)
+
+    model = olmo2().train()
+    embedding = [p for n, p in model.named_parameters() if "embed_tokens" in n]
+    others = [p for n, p in model.named_parameters() if "embed_tokens" not in n]
+    optimizer = torch.optim.AdamW(
+        [{"params": others, "weight_decay": 0.1}, {"params": embedding, "weight_decay": 0.0}], lr=5e-3
+    )
+
+    def loss_of(batch):
+        logits = model(input_ids=batch).logits[:, :-1]
+        targets = batch[:, 1:].flatten()
+        cross = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+        return cross + 1e-3 * torch.logsumexp(logits, -1).square().mean()
+
+    for step in range(STEPS):
+        batch = torch.stack([row["input_ids"] for row in rows[8 * step : 8 * step + 8]])
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (1 - step / STEPS)
+        optimizer.zero_grad()
+        loss_of(batch).backward()
+        if step >= 3:
+            params = list(model.parameters())
+            kept = [p.detach().clone() for p in params]
+            norm = torch.stack([p.grad.norm() for p in params]).norm()
+            with torch.no_grad():
+                for p in params:
+                    p.add_(0.05 * p.grad / norm)
+            optimizer.zero_grad()
+            loss_of(batch).backward()
+            with torch.no_grad():
+                for p, value in zip(params, kept, strict=True):
+                    p.copy_(value)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert largest_difference(weights(finished("single", 1, True)), model.state_dict()) < 2e-5
+
+
+def test_a_run_that_is_done_is_left_alone_and_other_settings_are_refused(launch, config, finished, tmp_path):
+    shutil.copytree(finished("single", 1, True), tmp_path / "done")
+    before = (tmp_path / "done" / "model.safetensors").stat().st_mtime_ns
+    again = run(launch, config, tmp_path / "done", "--streaming", True)
+    assert again.status == [0]
+    assert (tmp_path / "done" / "model.safetensors").stat().st_mtime_ns == before
+    other = run(launch, config, tmp_path / "done", "--streaming", True, "--sam_rho", 0.1)
+    assert other.status == [1]
+    assert "finished run with other settings (sam_rho 0.05 -> 0.1)" in other.output[0]
+
+
+def test_annealing_goes_on_from_a_checkpoint_with_its_optimizer_and_its_place_in_the_data(
+    launch, config, tmp_path, finished
+):
+    """Stable for six steps, then annealed in four: the same weights as in one run with that schedule."""
+    for streaming in (True, False):
+        folder = tmp_path / str(streaming)
+        common = ["--streaming", streaming, "--sam_start_steps", "0", "--save_steps", "6"]
+        stable = ["--lr_scheduler_type", "constant", "--train_tokens", 6 * 8 * 16]
+        ended = run(launch, config, folder / "stable", *common, *stable)
+        assert ended.status == [0], ended.output[0][-3000:]
+        annealed = [*common, "--anneal_from", folder / "stable" / "checkpoint-6", "--train_tokens", "60%"]
+        ended = run(launch, config, folder / "annealed", *annealed)
+        assert ended.status == [0], ended.output[0][-3000:]
+        whole = run(launch, config, folder / "whole", *common, "--anneal_steps", "4")
+        assert whole.status == [0], whole.output[0][-3000:]
+        assert largest_difference(weights(folder / "whole"), weights(folder / "annealed")) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_tokens", "lots"], "train_tokens='lots' is no number of tokens"),
+        (["--train_tokens", "100"], "less than the 128 tokens of one optimizer step"),
+        (["--train_tokens", "10M"], r"has at most .* tokens .*but the run takes 10,000,000"),
+        (
+            ["--train_tokens", "10M", "--streaming", "false"],
+            "12,709 tokens, but .* takes 10,000,000 of it: 786.2 passes",
+        ),
+        (["--global_batch_size", "3"], "no multiple of per_device_train_batch_size=2 on 1 device"),
+        (["--text_column", "body"], "no column 'body', but 'text'"),
+        (["--datasets", "nothing.jsonl"], "Training data 'nothing.jsonl'"),
+        (["--dataset_weights", "1", "2"], "2 dataset_weights for 1 datasets"),
+        (
+            ["--model_name_or_path", "org/model", "--model_revision", "step9"],
+            "at revision 'step9' is not in the local cache",
+        ),
+        (["--no_weight_decay", "nothing_like_it"], "matches no parameter"),
+        (["--sequence_length", "64"], "more than the 32 positions of the model"),
+        (["--anneal_from", "."], "is no checkpoint of a training run"),
+        (["--train_tokens", "10%"], "is a share of the steps of anneal_from"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line_at_the_start(launch, config, tmp_path, flags, message):
+    import re
+
+    ended = run(launch, config, tmp_path, "--streaming", "true", *flags)
+    assert ended.status == [1], ended.output[0][-2000:]
+    assert re.search(message, ended.output[0]), ended.output[0][-2000:]
+    assert "Traceback" not in ended.output[0]
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_full_disk_is_told_at_the_start(shelf_of_recipes, config, tmp_path, monkeypatch, capsys):
+    import olmo_mid_sam
+
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert olmo_mid_sam.main(["--config", config, "--output_dir", str(tmp_path)]) == 1
+    assert "No disk space: the model and 4 checkpoints" in capsys.readouterr().err
+
+
+def test_other_data_in_the_middle_of_a_run_is_refused(launch, config, finished, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(finished("single", 1, True), folder)
+    (folder / "training_done.json").unlink()
+    ended = run(launch, config, folder, "--streaming", "true", "--seed", "7")
+    assert ended.status == [1]
+    assert "were made with other data, tokenizer, sequence_length or seed" in ended.output[0]
