@@ -36,7 +36,7 @@ class RecipeParser(HfArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         known = self.parse_known_args(argv)[0]
         self.set_defaults(**self.values(known.config))
-        if known.dry_run and not torch.accelerator.is_available():
+        if known.dry_run and hasattr(known, "use_cpu") and not torch.accelerator.is_available():
             argv += ["--use_cpu", "true"]  # a plan can be made without the machine that it is for
         *parsed, _ = self.parse_args_into_dataclasses(argv)  # without the namespace of --config
         return *parsed, known.dry_run

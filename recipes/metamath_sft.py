@@ -146,10 +146,13 @@ def _plan(data: SFTDataArguments, sweep: SweepArguments, args: SAMSFTConfig, mod
         bf16=args.bf16,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    if data.train_tokens is None:
-        raise ValueError("A plan of a fine-tuning run takes a budget: train_tokens, e.g. 50M.")
-    tokens = parse_tokens(data.train_tokens)
     sequences = sweep.global_batch_size or args.per_device_train_batch_size * sweep.dry_run_gpus
+    if args.max_steps > 0:
+        tokens = args.max_steps * sequences * length
+    elif data.train_tokens is not None:
+        tokens = parse_tokens(data.train_tokens)
+    else:
+        raise ValueError("A plan of a fine-tuning run takes a budget: train_tokens, e.g. 50M, or max_steps.")
     plan = Plan(
         tokens=tokens,
         steps=-(-tokens // (sequences * length)),

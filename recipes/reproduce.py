@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 PRESETS = HERE / "configs" / "presets"
 PLACE = "{output}"
 
-_KEYS = {"device", "accelerate_config", "data", "pretrain", "anneal", "sft", "evaluate"}
+_KEYS = {"device", "accelerate_config", "model", "data", "pretrain", "anneal", "sft", "evaluate"}
 
 
 @dataclass
@@ -113,8 +113,7 @@ class Experiment:
 
     def _shares_of_sweep(self) -> list[list[float]]:
         """The learning rates of each stage: all in one, or one each where there are devices for that."""
-        values = self.settings("sft")
-        rates = values.get("learning_rates") or read_config(values["extends"])["learning_rates"]
+        rates = _whole(self.settings("sft"))["learning_rates"]
         return [[rate] for rate in rates] if self.devices > len(self.runs("anneal")) else [rates]
 
     def _sweep(self, name: str, rates: list[float]) -> Stage:
@@ -138,8 +137,7 @@ class Experiment:
 
     def _stage(self, name, script, settings, needs=(), late=dict, wide=False) -> Stage:
         settings = self._placed(settings)
-        extends = settings.get("extends")
-        depends = merged(read_config(extends), settings) if extends else settings
+        depends = _whole(settings)
         wide = wide and self.devices > 1 and self.preset.get("device") != "cpu"
 
         def command() -> list[str]:
@@ -168,10 +166,9 @@ class Experiment:
 
     def _annealing(self, settings: dict, source: str) -> dict:
         """Settings without the checkpoint that is not there yet: its share of the budget as tokens."""
-        values = merged(read_config(settings["extends"]), settings)
         pretraining = self.settings("pretrain", self.runs("pretrain")[source])
-        before = parse_tokens(merged(read_config(pretraining["extends"]), pretraining)["train_tokens"])
-        share = str(values["train_tokens"])
+        before = parse_tokens(_whole(pretraining)["train_tokens"])
+        share = str(_whole(settings)["train_tokens"])
         tokens = round(before * float(share[:-1]) / 100) if share.endswith("%") else share
         return {**settings, "train_tokens": str(tokens), "warmup_steps": 0}
 
@@ -181,8 +178,7 @@ class Experiment:
         import tempfile
 
         # The model that a stage starts from is not there yet; its configuration is.
-        models = [self.preset.get(kind, {}).get("settings", {}).get("config_name") for kind in ("pretrain", "anneal")]
-        shape = next((model for model in models if model), None)
+        shape = self.preset.get("model") or self.settings("anneal").get("config_name")
         settings = {**settings, "output_dir": str(self.output), "dry_run_gpus": self.devices}
         if shape:
             settings["model_name_or_path" if recipe.__name__ == "metamath_sft" else "config_name"] = shape
@@ -195,6 +191,11 @@ class Experiment:
         if status:
             raise ValueError("The plan cannot be made; see above.")
         return printed.getvalue().rstrip()
+
+
+def _whole(settings: dict) -> dict:
+    """Settings with those that they extend."""
+    return merged(read_config(settings["extends"]), settings) if "extends" in settings else settings
 
 
 def read_preset(name: str) -> dict:

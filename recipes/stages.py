@@ -1,6 +1,7 @@
 """Stages of an experiment: commands that need one another, run once each, side by side where there are devices."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -62,6 +63,7 @@ class Stages:
     devices: Sequence[str] = ("",)
     say: Callable[[str], None] = print
     _running: dict[str, _Running] = field(default_factory=dict)
+    _lock: int = -1
 
     def __post_init__(self):
         names = [stage.name for stage in self.stages]
@@ -96,7 +98,32 @@ class Stages:
         """Run what is not done; returns whether all is done in the end.
 
         A stage that fails leaves the others running; those that need it are not started.
+
+        Raises:
+            ValueError: if a stage that is done has other settings now, or somebody else is at work in the folder.
         """
+        with self._alone():
+            return self._run()
+
+    @contextlib.contextmanager
+    def _alone(self):
+        """Nobody else works in the folder: neither another driver nor a stage whose driver was killed.
+
+        Stages inherit the lock, which lasts as long as any of them.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"Another run, or a stage that it left behind, is still at work in {self.folder}. Wait until it "
+                    "is through, or end it."
+                ) from None
+            self._lock = file.fileno()
+            yield
+
+    def _run(self) -> bool:
         done = {stage.name for stage in self.stages if self.is_done(stage)}
         if done:
             self.say(f"{len(done)} of {len(self.stages)} stages are done already.")
@@ -137,7 +164,12 @@ class Stages:
             out.flush()
             # A group of its own, so that what a launcher started ends with it.
             process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=(self._lock,),
             )
         self._running[stage.name] = _Running(process, slots, time.perf_counter(), log)
         self.say(f"started {stage.name}" + (f" on {', '.join(names)}" if all(names) else ""))

@@ -1,0 +1,143 @@
+"""`quantize_eval.py`: the table of the paper out of models on disk, on one process and on two."""
+
+import copy
+import json
+
+import pytest
+import quantize_eval
+import torch
+from toy import olmo2
+from toy_trl import rows, tokenizer
+
+from hf_sam.report import Results
+
+
+def trained(model, texts: list[str], steps: int, rate: float):
+    """The model after some steps of AdamW on whole texts."""
+    model, tok = copy.deepcopy(model), tokenizer()
+    batch = tok(texts, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    for _ in range(steps):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.fixture(scope="module")
+def shelf_of_runs(tmp_path_factory):
+    """Two bases that learned the old text, with a sweep of fine-tuning each."""
+    folder = tmp_path_factory.mktemp("runs")
+    old = [row["text"] for row in rows("text")]
+    task = [row["prompt"] + row["completion"] for row in rows("completion")]
+    for seed, name in enumerate(("adamw", "sam")):
+        base = trained(olmo2(seed=seed), old, steps=60, rate=1e-2)
+        models = {name: base}
+        for rate in ("1e-05", "0.0002", "0.003"):
+            models[f"{name}-sft/lr-{rate}"] = trained(base, task, steps=10, rate=float(rate))
+        for place, model in models.items():
+            model.save_pretrained(folder / place)
+            tokenizer().save_pretrained(folder / place)
+            (folder / place / "training_done.json").write_text("{}")
+    (folder / "adamw-sft" / "lr-1").mkdir()  # a run that did not end
+    rows("text").to_json(folder / "old.jsonl")
+    rows("completion").to_json(folder / "task.jsonl")
+    return folder
+
+
+def flags(folder, output):
+    runs = [f"{name}={folder / name},{folder / f'{name}-sft'}" for name in ("adamw", "sam")]
+    argv = ["--runs", *runs, "--data", f"old={folder / 'old.jsonl'}", "--task_data", f"task={folder / 'task.jsonl'}"]
+    argv += ["--task_column", "completion", "--quantize", "rtn3", "--max_length", "16", "--output", str(output)]
+    return argv
+
+
+@pytest.fixture(scope="module")
+def summary(shelf_of_runs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    assert quantize_eval.main(flags(shelf_of_runs, output)) == 0
+    return json.loads((output / "summary.json").read_text()), output
+
+
+def test_the_table_is_what_was_measured(summary):
+    found, output = summary
+    for name in ("adamw", "sam"):
+        one = Results.read(output / name)
+        run = found["runs"][name]
+        before, after = one.loss(one.base, "old").loss, one.loss(one.base, "old", "rtn3").loss
+        assert run["base loss"] == pytest.approx(before)
+        assert run["quantized"]["rtn3"]["damage"] == pytest.approx(after - before)
+        assert [row["model"] for row in run["sweep"]] == ["lr-1e-05", "lr-0.0002", "lr-0.003"]
+        for row in run["sweep"]:
+            assert row["forgetting"] == pytest.approx(one.loss(row["model"], "old").loss - before)
+    damages = [found["runs"][name]["quantized"]["rtn3"] for name in ("adamw", "sam")]
+    assert damages[0]["reduction"] == 0
+    assert damages[1]["reduction"] == pytest.approx(100 * (1 - damages[1]["damage"] / damages[0]["damage"]))
+    assert found["runs"]["adamw"]["fine-tuned"] is None
+    tuned = found["runs"]["sam"]["fine-tuned"]
+    assert tuned["of the reference"] > 0
+    assert tuned["reduction"] == pytest.approx(100 * (1 - tuned["forgetting"] / tuned["of the reference"]))
+    text = (output / "summary" / "report.md").read_text()
+    assert "31% less" in text
+    assert "40% less" in text
+    assert f"{damages[1]['damage']:.4f}" in text
+    assert (output / "comparison" / "report.html").exists()
+
+
+def test_a_run_that_forgets_less_at_equal_learning_has_a_positive_reduction():
+    """The sign, on numbers by hand."""
+    found = {"task loss": 2.0, "forgetting": 0.2, "of the reference": 0.4, "reduction": 50.0, "interval": [40.0, 60.0]}
+    found |= {"loss": 3.2, "loss of the reference": 3.3}
+    run = {"base loss": 3.0, "quantized": {}, "sweep": [], "benchmarks": {}}
+    summary = {
+        "reference": "adamw",
+        "data": "old",
+        "runs": {"adamw": {**run, "fine-tuned": None}, "sam": {**run, "fine-tuned": found}},
+    }
+    assert "| sam | 2.0000    | 0.4000 -> 0.2000" in quantize_eval.table(summary).markdown()
+    assert "50.0% [40.0, 60.0]" in quantize_eval.table(summary).markdown()
+
+
+def test_two_processes_measure_what_one_does(launch, shelf_of_runs, summary, tmp_path):
+    ended = launch("quantize_eval", flags(shelf_of_runs, tmp_path), ranks=2, strategy="ddp")
+    assert ended.status == [0, 0], ended.output[0][-3000:]
+    assert ended.output[1].count("What was lost") == 0
+    two, one = json.loads((tmp_path / "summary.json").read_text()), summary[0]
+    for name in ("adamw", "sam"):
+        assert two["runs"][name]["base loss"] == pytest.approx(one["runs"][name]["base loss"], rel=1e-6)
+        for ours, theirs in zip(two["runs"][name]["sweep"], one["runs"][name]["sweep"], strict=True):
+            assert ours["task loss"] == pytest.approx(theirs["task loss"], rel=1e-6)
+
+
+def test_a_second_call_measures_nothing_anew(summary, shelf_of_runs, monkeypatch, capsys):
+    found, output = summary
+    monkeypatch.setattr("hf_sam.report.run.held_out_loss", lambda *args, **kwargs: pytest.fail("measured again"))
+    assert quantize_eval.main(flags(shelf_of_runs, output)) == 0
+    assert json.loads((output / "summary.json").read_text()) == found
+
+
+def test_a_plan_measures_nothing(shelf_of_runs, tmp_path, capsys):
+    assert quantize_eval.main([*flags(shelf_of_runs, tmp_path / "out"), "--dry_run"]) == 0
+    assert "adamw: 4 models, 16 held-out losses" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--runs"], "expected at least one argument"),
+        (["--runs", "adamw"], "is not of the form NAME=BASE"),
+        (["--runs", "a=x", "a=y"], "two runs have the same name"),
+        (["--runs", "a=x,nowhere"], "nowhere holds no finished run"),
+        (["--runs", "a=nowhere"], "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_told(shelf_of_runs, tmp_path, capsys, change, message):
+    argv = [*flags(shelf_of_runs, tmp_path)[3:], *change]
+    if message.startswith("expected"):
+        with pytest.raises(SystemExit):
+            quantize_eval.main(argv)
+    else:
+        assert quantize_eval.main(argv) == 1
+    assert message in capsys.readouterr().err
