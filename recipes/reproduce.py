@@ -179,7 +179,9 @@ class Experiment:
 
         # The model that a stage starts from is not there yet; its configuration is.
         shape = self.preset.get("model") or self.settings("anneal").get("config_name")
-        settings = {**settings, "output_dir": str(self.output), "dry_run_gpus": self.devices}
+        # A run of the sweep takes one device.
+        devices = 1 if recipe.__name__ == "metamath_sft" else self.devices
+        settings = {**settings, "output_dir": str(self.output), "dry_run_gpus": devices}
         if shape:
             settings["model_name_or_path" if recipe.__name__ == "metamath_sft" else "config_name"] = shape
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:

@@ -23,7 +23,7 @@ class ModelSize:
     Attributes:
         parameters (`int`): all of them.
         trainable (`int`): those that have a gradient.
-        embedding (`int`): input embeddings, which take no arithmetic.
+        multiplied (`int`): those that each token is multiplied with: all but input embeddings that are not tied.
         largest_layer (`int`): parameters of the largest block, which sharded strategies gather.
         layers (`int`): number of blocks.
         hidden (`int`): width.
@@ -33,7 +33,7 @@ class ModelSize:
 
     parameters: int
     trainable: int
-    embedding: int
+    multiplied: int
     largest_layer: int
     layers: int
     hidden: int
@@ -76,10 +76,13 @@ def measure_model(
             model(input_ids=ids, labels=ids)
         config = model.config.get_text_config()
         blocks = [sum(p.numel() for p in layer.parameters()) for layer in _blocks(model)]
+        parameters = sum(param.numel() for param in model.parameters())
+        embedding = model.get_input_embeddings().weight
+        tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embedding
         return ModelSize(
-            parameters=sum(param.numel() for param in model.parameters()),
+            parameters=parameters,
             trainable=sum(param.numel() for param in model.parameters() if param.requires_grad),
-            embedding=model.get_input_embeddings().weight.numel(),
+            multiplied=parameters - (0 if tied else embedding.numel()),
             largest_layer=max(blocks, default=0),
             layers=len(blocks),
             hidden=config.hidden_size,
@@ -130,11 +133,11 @@ def memory(size: ModelSize, strategy: str, devices: int, batch: int, length: int
 
 
 def flops(size: ModelSize, tokens: int, length: int) -> float:
-    """Arithmetic of plain training: 6 for each weight and token, and that of causal attention.
+    """Floating-point operations of plain training: 6 for each weight and token, and those of causal attention.
 
     Without recomputation (gradient checkpointing), as model FLOPs are usually counted (PaLM, arXiv 2204.02311).
     """
-    return tokens * (6 * (size.parameters - size.embedding) + 6 * size.layers * size.hidden * length)
+    return tokens * (6 * size.multiplied + 6 * size.layers * size.hidden * length)
 
 
 @dataclass(frozen=True)
@@ -187,10 +190,16 @@ class Plan:
             cells = [states, rest, with_sam["sam"], states + rest, states + rest + with_sam["sam"]]
             rows.append([strategy, *(f"{cell / 2**30:.2f}" for cell in cells)])
         header = ["strategy", "weights, gradients, optimizer", "activations", "copy for SAM", "plain", "with SAM"]
-        lines += [markdown_table(header, rows), "", f"Hours at {UTILIZATION:.0%} of the peak in bf16:", ""]
+        lines += [markdown_table(header, rows), "", f"Time at {UTILIZATION:.0%} of the peak in bf16:", ""]
         rows = [
-            [f"{self.devices} x {device}", *(f"{self.hours(device, sam):.3g}" for sam in (False, True))]
+            [f"{self.devices} x {device}", *(_duration(self.hours(device, sam)) for sam in (False, True))]
             for device in DEVICES
         ]
         lines.append(markdown_table(["devices", "plain", f"with SAM ({self.passes:.3g} x)"], rows))
         return "\n".join(lines)
+
+
+def _duration(hours: float) -> str:
+    if hours * 60 < 1:
+        return "less than a minute"
+    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.1f} h"
