@@ -30,7 +30,7 @@ def open_split(
 
     Args:
         place (`str`): a file (.jsonl, .json, .csv, .parquet, also compressed; .txt, where blank lines end documents),
-            a pattern of such files (`data/*.jsonl.zst`), a folder, or `HUB/ID[:CONFIG][@REVISION]`.
+            a pattern of such files (`data/*.jsonl.zst`), a folder, or `HUB/ID[/FOLDER][:CONFIG][@REVISION]`.
         split (`str`, *optional*): the split; the first of `preferred` that there is, when omitted.
         streaming (`bool`): whether to read it while it is used, instead of before.
 
@@ -46,8 +46,7 @@ def open_split(
     if files := data_files(place):
         path, options = _files(files, place)
     elif not os.path.isdir(place):
-        path, config, revision = _hub_parts(place)
-        options = {"revision": revision}
+        path, config, options = _hub_parts(place)
     try:
         if os.path.isdir(place) and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json")):
             splits = datasets.load_from_disk(place)
@@ -99,7 +98,12 @@ def _as_streams(splits):
     return {name: split.to_iterable_dataset() for name, split in splits.items()}
 
 
-def _hub_parts(place: str) -> tuple[str, str | None, str | None]:
+def _hub_parts(place: str) -> tuple[str, str | None, dict]:
+    """Id, configuration and options of `HUB/ID[/FOLDER][:CONFIG][@REVISION]`."""
     path, _, revision = place.partition("@")
     path, _, config = path.partition(":")
-    return path, config or None, revision or None
+    owner, *rest = path.split("/")
+    options = {"revision": revision or None}
+    if len(rest) > 1 and owner not in ("", ".", "..", "~"):
+        path, options["data_dir"] = "/".join([owner, rest[0]]), "/".join(rest[1:])
+    return path, config or None, options

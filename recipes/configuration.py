@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -18,8 +17,9 @@ EXTENDS = "extends"
 class RecipeParser(HfArgumentParser):
     """`HfArgumentParser` with `--config FILE...` and `--dry_run`.
 
-    A file holds flags and their values, and `extends: FILE` what it differs from. Of several files the later win, and
-    the command line over all of them. Paths that begin with `./` or `../` are relative to the file that they stand in.
+    A file holds flags and their values, and `extends: FILE` what it differs from; a value of null takes a setting
+    out. Of several files the later win, and the command line over all of them. Paths that begin with `./` or `../` are
+    relative to the file that they stand in.
     """
 
     def __init__(self, dataclass_types, **kwargs):
@@ -36,7 +36,7 @@ class RecipeParser(HfArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         known = self.parse_known_args(argv)[0]
         self.set_defaults(**self.values(known.config))
-        if known.dry_run and hasattr(known, "use_cpu") and not torch.accelerator.is_available():
+        if known.dry_run and hasattr(known, "use_cpu"):
             argv += ["--use_cpu", "true"]  # a plan can be made without the machine that it is for
         *parsed, _ = self.parse_args_into_dataclasses(argv)  # without the namespace of --config
         return *parsed, known.dry_run
@@ -61,9 +61,9 @@ def _converted(value, action, where: str):
             return [action.type(one) if isinstance(one, str) and action.type else one for one in values]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {value!r} is no list of values of the right kind ({error}).") from error
-    if isinstance(value, str) and action.type is not None:
-        return value  # argparse converts it
-    return value
+    if action.choices is not None and value is not None and value not in action.choices:
+        raise ValueError(f"{where}: {value!r} is none of {', '.join(map(str, action.choices))}.")
+    return value  # argparse converts a text
 
 
 def read_config(file: str | Path) -> dict:
@@ -93,12 +93,12 @@ def _read(file: Path, above: tuple[Path, ...]) -> dict:
 
 
 def merged(base: dict, changes: dict) -> dict:
-    """`base` with `changes`, mapping by mapping."""
+    """`base` with `changes`, mapping by mapping; what is null in `changes` is taken out."""
     result = dict(base)
     for name, value in changes.items():
         both = isinstance(value, dict) and isinstance(base.get(name), dict)
         result[name] = merged(base[name], value) if both else value
-    return result
+    return {name: value for name, value in result.items() if value is not None}
 
 
 def _absolute(value, folder: Path):

@@ -8,11 +8,15 @@ on. A sweep that was interrupted goes on when the same command is given again. W
 is sharpness-aware; with `--use_peft` it trains adapters.
 """
 
+import gc
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from accelerate.state import AcceleratorState, GradientState
 from configuration import RecipeParser, told
 from sft_data import SFTDataArguments, load_examples, rehearsed, up_to
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +25,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from hf_sam import SAMSFTConfig, SAMSFTTrainer
 from hf_sam.evaluation.sources import find_model
 from hf_sam.pretraining import Plan, accumulation_for, last_complete, measure_model, parse_tokens
-from hf_sam.pretraining.run import is_done, mark_done
+from hf_sam.pretraining.checkpoints import CheckpointRecord, decisive_settings, is_done, mark_done, record
 from hf_sam.resources import check_disk
 
 
@@ -32,12 +36,16 @@ class SweepArguments:
     Parameters:
         learning_rates (`list[float]`): one run for each.
         global_batch_size (`int`, *optional*): sequences of an optimizer step over all devices.
+        keep_checkpoints (`bool`): keep the checkpoints of a run that is through, with its optimizer state.
         dry_run_gpus (`int`): number of GPUs that `--dry_run` reckons with.
     """
 
     learning_rates: list[float] = field(default_factory=list, metadata={"help": "One run for each."})
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Sequences of an optimizer step over all devices."}
+    )
+    keep_checkpoints: bool = field(
+        default=False, metadata={"help": "Keep the checkpoints of a run that is through, not only its model."}
     )
     dry_run_gpus: int = field(default=1, metadata={"help": "Number of GPUs that --dry_run reckons with."})
 
@@ -65,12 +73,16 @@ def main(argv: list[str] | None = None) -> int:
     name = model_args.model_name_or_path
     revision = model_args.model_revision
     at = f"@{revision}" if revision not in (None, "main") and not os.path.isdir(name) else ""
-    folder = str(find_model(f"{name}{at}").folder)
-    _check_space(args, folder)
-    runs = [_run_arguments(argv, args, sweep, rate) for rate in rates]
-    runs = [run for run in runs if not is_done(run)]
+    source = find_model(f"{name}{at}")
+    runs = []
+    for rate in rates:
+        run = _run_arguments(argv, args, sweep, rate)
+        settings = _settings(run, data, model_args, source.fingerprint)
+        if not is_done(run, settings):
+            runs.append((run, settings))
     if runs:
-        _train_all(runs, data, folder, model_args)
+        _check_space(args, str(source.folder), len(runs))
+        _train_all(runs, data, str(source.folder), model_args, sweep.keep_checkpoints)
     if args.process_index == 0:
         print(f"The models are in {args.output_dir}.")
     return 0
@@ -87,8 +99,21 @@ def _run_arguments(argv: list[str], args: SAMSFTConfig, sweep: SweepArguments, r
     return make_parser().parse([*argv, *changed])[2]
 
 
-def _train_all(runs: list[SAMSFTConfig], data: SFTDataArguments, folder: str, model_args: ModelConfig) -> None:
-    first = runs[0]
+def _settings(args: SAMSFTConfig, data: SFTDataArguments, model_args: ModelConfig, weights: str) -> dict:
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    sequences = args.per_device_train_batch_size * devices * args.gradient_accumulation_steps
+    return decisive_settings(args, data, model_args, sequences=sequences, weights=weights)
+
+
+def _train_all(
+    runs: list[tuple[SAMSFTConfig, dict]], data: SFTDataArguments, folder: str, model_args: ModelConfig, keep: bool
+) -> None:
+    first = runs[0][0]
+    if first.n_gpu > 1:
+        raise ValueError(
+            f"One process has {first.n_gpu} GPUs. Start one process for each (accelerate launch SCRIPT ...), or show "
+            "it one: CUDA_VISIBLE_DEVICES=0."
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -109,38 +134,65 @@ def _train_all(runs: list[SAMSFTConfig], data: SFTDataArguments, folder: str, mo
     if first.process_index == 0 and len(held_out):
         Path(first.output_dir).parent.mkdir(parents=True, exist_ok=True)
         held_out.to_json(Path(first.output_dir).parent / "held_out.jsonl")
-    for args in runs:
-        args.chat_template_path = None  # it is in the tokenizer
-        args.model_init_kwargs = {
-            "dtype": model_args.dtype,
-            "attn_implementation": model_args.attn_implementation,
-            **(args.model_init_kwargs or {}),
-        }
-        trainer = SAMSFTTrainer(
-            model=folder,
-            args=args,
-            train_dataset=examples,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-            quantization_config=get_quantization_config(model_args),
-        )
-        trainer.train(resume_from_checkpoint=last_complete(args.output_dir, args.world_size))
-        trainer.save_model(args.output_dir)
-        mark_done(trainer, args)
-        trainer.accelerator.free_memory()
+    for args, settings in runs:
+        _train(args, settings, examples, tokenizer, folder, model_args)
+        if not keep and args.process_index == 0:
+            for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
 
 
-def _check_space(args: SAMSFTConfig, folder: str) -> None:
-    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+def _train(args: SAMSFTConfig, settings: dict, examples, tokenizer, folder: str, model_args: ModelConfig) -> None:
+    args.chat_template_path = None  # it is in the tokenizer
+    args.model_init_kwargs = {
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
+    trainer = SAMSFTTrainer(
+        model=folder,
+        args=args,
+        train_dataset=examples,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.add_callback(CheckpointRecord(args.world_size))
+    record(args, settings)
+    trainer.train(resume_from_checkpoint=last_complete(args.output_dir))
+    trainer.save_model(args.output_dir)
+    mark_done(trainer)
+    # The next run of the sweep needs the memory, and an accelerator with plugins of its own.
+    trainer.accelerator.free_memory()
+    del trainer
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.get_device_module().empty_cache()
+
+
+def _check_space(args: SAMSFTConfig, folder: str, runs: int) -> None:
+    """Raises OSError if the disk has no space for the models and for the checkpoints of one run, in fp32."""
+    if args.process_index:
+        return
+    config = AutoConfig.from_pretrained(folder)
+    width = 4 / (config.dtype.itemsize if config.dtype is not None else 4)
+    size = width * sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     saves = 0 if args.save_strategy == "no" else (args.save_total_limit or 1) + 1
-    check_disk(args.output_dir, size * (1 + 3 * saves), "a fine-tuned model and its checkpoints (save_total_limit)")
+    check_disk(
+        args.output_dir,
+        round(size * (runs + 4 * saves)),
+        f"a sweep of {runs} fine-tuned models and the checkpoints of one (save_total_limit)",
+    )
 
 
 def _plan(data: SFTDataArguments, sweep: SweepArguments, args: SAMSFTConfig, model_args: ModelConfig, runs: int) -> str:
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    name = model_args.model_name_or_path
+    revision = "main" if os.path.exists(name) else model_args.model_revision
+    config = AutoConfig.from_pretrained(name, revision=revision)
     length = args.max_length or config.get_text_config().max_position_embeddings
     size = measure_model(
-        lambda: AutoModelForCausalLM.from_config(config),
+        lambda dtype: AutoModelForCausalLM.from_config(config, dtype=dtype),
         args.per_device_train_batch_size,
         length,
         bf16=args.bf16,
@@ -152,7 +204,7 @@ def _plan(data: SFTDataArguments, sweep: SweepArguments, args: SAMSFTConfig, mod
     elif data.train_tokens is not None:
         tokens = parse_tokens(data.train_tokens)
     else:
-        raise ValueError("A plan of a fine-tuning run takes a budget: train_tokens, e.g. 50M, or max_steps.")
+        tokens = sequences * length  # all of the data, which is not known before it is read
     plan = Plan(
         tokens=tokens,
         steps=-(-tokens // (sequences * length)),
@@ -163,9 +215,11 @@ def _plan(data: SFTDataArguments, sweep: SweepArguments, args: SAMSFTConfig, mod
         batch=args.per_device_train_batch_size,
         devices=sweep.dry_run_gpus,
     )
+    whole = args.max_steps > 0 or data.train_tokens is not None
+    what = f"one of {runs} runs" if whole else "one step, of as many as the data has (there is no train_tokens)"
     return (
-        f"{plan.text()}\n\nThat is one of {runs} runs, all weights trained, if every sequence were of full length; "
-        "shorter ones take more steps and less memory."
+        f"{plan.text()}\n\nThat is {what}, all weights trained, if every sequence were of full length; shorter ones "
+        "take more steps and less memory."
     )
 
 

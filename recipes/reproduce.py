@@ -10,6 +10,7 @@ each other run side by side on the GPUs that there are.
 """
 
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,7 @@ class Experiment:
 
     def _stage(self, name, script, settings, needs=(), late=dict, wide=False) -> Stage:
         settings = self._placed(settings)
-        depends = _whole(settings)
+        depends = {name: value for name, value in _whole(settings).items() if name != "extends"}
         wide = wide and self.devices > 1 and self.preset.get("device") != "cpu"
 
         def command() -> list[str]:
@@ -247,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
         print(Experiment(preset, output, devices=1 if preset.get("device") == "cpu" else 8).plan())
         return 0
     devices = find_devices(preset, settings.workers)
+    # Asked to end (by a scheduler, by timeout), end the stages, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     stages = Experiment(preset, output, len(devices)).stages()
     if not Stages(stages, output, devices).run():
         print("Not all stages are done; give the same command again to go on.", file=sys.stderr)

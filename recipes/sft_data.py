@@ -1,5 +1,6 @@
 """Fine-tuning datasets of the papers in the forms that TRL knows: prompts with completions, conversations, or text."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,6 +28,7 @@ class SFTDataArguments:
         prompt_column, completion_column (`str`): of `prompt_completion`.
         prompt_template, completion_template (`str`): what they become; `{}` is the column.
         content_column (`str`): of `messages`, `text` and `hh`.
+        stream_examples (`int`, *optional*): read this many examples of a large dataset as a stream, instead of all.
         train_tokens (`str`, *optional*): use examples up to this many tokens, e.g. 50M; all when omitted.
         held_out_examples (`int`): examples that are not trained on, on which learning is measured.
         rehearsal_data (`str`, *optional*): old text to mix in, named as `dataset`.
@@ -44,6 +46,9 @@ class SFTDataArguments:
     prompt_template: str = field(default="{}", metadata={"help": "What a prompt becomes; {} is the column."})
     completion_template: str = field(default="{}", metadata={"help": "What a completion becomes."})
     content_column: str = field(default="text", metadata={"help": "Column of text, messages or transcripts."})
+    stream_examples: int | None = field(
+        default=None, metadata={"help": "Read this many examples as a stream, instead of all of a large dataset."}
+    )
     train_tokens: str | None = field(default=None, metadata={"help": "Use examples up to this many tokens: 50M."})
     held_out_examples: int = field(default=500, metadata={"help": "Examples kept apart to measure learning on."})
     rehearsal_data: str | None = field(default=None, metadata={"help": "Old text to mix in."})
@@ -85,7 +90,7 @@ def load_examples(data: SFTDataArguments, seed: int) -> tuple[datasets.Dataset, 
     """
     data.check()
     try:
-        rows = open_split(data.dataset, data.dataset_split, preferred=("train",))
+        rows = _rows(data.dataset, data.dataset_split, data.stream_examples, seed)
         missing = [name for name in data.columns if name not in rows.column_names]
         if missing:
             raise ValueError(
@@ -101,6 +106,14 @@ def load_examples(data: SFTDataArguments, seed: int) -> tuple[datasets.Dataset, 
         raise ValueError(f"Fine-tuning data {data.dataset!r}: {error}") from error
     held_out = examples.select(range(data.held_out_examples))
     return examples.select(range(data.held_out_examples, len(examples))), held_out
+
+
+def _rows(place: str, split: str | None, count: int | None, seed: int) -> datasets.Dataset:
+    """All rows of a dataset, or some of a stream of it, shuffled as far as a stream can be."""
+    if count is None:
+        return open_split(place, split, preferred=("train",))
+    stream = open_split(place, split, streaming=True, preferred=("train",)).shuffle(seed=seed, buffer_size=10_000)
+    return datasets.Dataset.from_list(list(stream.take(count)))
 
 
 def write_down(row: dict, data: SFTDataArguments) -> dict:
@@ -152,7 +165,12 @@ def up_to(examples: datasets.Dataset, budget: int, tokenizer, max_length: int | 
         ValueError: if all of them have fewer.
     """
     counted = examples.map(
-        _count, fn_kwargs={"tokenizer": tokenizer}, remove_columns=examples.column_names, num_proc=workers
+        _count,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer},
+        remove_columns=examples.column_names,
+        num_proc=workers,
+        desc="Counting tokens",
     )
     lengths = np.asarray(counted["tokens"])
     total = np.cumsum(np.minimum(lengths, max_length) if max_length else lengths)
@@ -165,17 +183,22 @@ def up_to(examples: datasets.Dataset, budget: int, tokenizer, max_length: int | 
     return examples.select(range(count)), int(total[count - 1])
 
 
-def _count(row: dict, tokenizer) -> dict:
-    if "messages" in row:
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+def _count(rows: dict, tokenizer) -> dict:
+    if "messages" in rows:
+        texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in rows["messages"]]
+    elif "text" in rows:
+        texts = rows["text"]
     else:
-        text = row.get("text") or row["prompt"] + row["completion"]
-    return {"tokens": len(tokenizer(text, verbose=False)["input_ids"]) + 1}
+        texts = [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
+    return {"tokens": [len(ids) + 1 for ids in tokenizer(texts, verbose=False)["input_ids"]]}
 
 
 def rehearsed(examples: datasets.Dataset, data: SFTDataArguments, seed: int) -> datasets.Dataset:
     """The examples with old text mixed in, as completions of an empty prompt."""
-    old = open_split(data.rehearsal_data, None, preferred=("train",))
+    share = data.rehearsal_share
+    # Of the hub's, no more than are needed.
+    count = None if os.path.exists(data.rehearsal_data) else round(len(examples) * share / (1 - share))
+    old = _rows(data.rehearsal_data, None, count, seed)
     if data.rehearsal_column not in old.column_names:
         raise ValueError(
             f"The old text {data.rehearsal_data!r} has no column {data.rehearsal_column!r}, but "

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ class Stages:
         return self.folder / "done" / f"{stage.name.replace('/', '-')}.json"
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether a stage has been through.
+        """Whether a stage has been through, after the stages that it needs.
 
         Raises:
             ValueError: if it has, with other settings.
@@ -84,7 +85,10 @@ class Stages:
         path = self.mark(stage)
         if not path.exists():
             return False
-        done = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        mark = json.loads(path.read_text(encoding="utf-8"))
+        if mark["needs"] != self._runs_of(stage.needs):
+            return False  # one of them was run again
+        done = mark["settings"]
         now = json.loads(json.dumps(stage.settings))
         if done != now:
             changed = sorted(name for name in done.keys() | now.keys() if done.get(name) != now.get(name))
@@ -93,6 +97,15 @@ class Stages:
                 f"--output_dir, or remove {path} and what the stage wrote, to run it again."
             )
         return True
+
+    def _runs_of(self, names: Sequence[str]) -> dict[str, str | None]:
+        """Which run of each stage it was that is done."""
+        runs = {}
+        for stage in self.stages:
+            if stage.name in names:
+                path = self.mark(stage)
+                runs[stage.name] = json.loads(path.read_text(encoding="utf-8"))["run"] if path.exists() else None
+        return runs
 
     def run(self) -> bool:
         """Run what is not done; returns whether all is done in the end.
@@ -125,6 +138,9 @@ class Stages:
 
     def _run(self) -> bool:
         done = {stage.name for stage in self.stages if self.is_done(stage)}
+        # What needs a stage that is run again is run again, too.
+        while again := {stage.name for stage in self.stages if stage.name in done and not set(stage.needs) <= done}:
+            done -= again
         if done:
             self.say(f"{len(done)} of {len(self.stages)} stages are done already.")
         failed: set[str] = set()
@@ -135,8 +151,14 @@ class Stages:
                 for stage in waiting:
                     takes = len(self.devices) if stage.wide else 1
                     if set(stage.needs) <= done and len(free) >= takes:
+                        try:
+                            command = stage.command()
+                        except (ValueError, OSError) as error:
+                            self.say(f"{stage.name} cannot be started: {error}")
+                            failed.add(stage.name)
+                            continue
                         slots, free = free[:takes], free[takes:]
-                        self._start(stage, slots)
+                        self._start(stage, command, slots)
                 if not self._running:
                     break  # what is left needs what failed
                 name, status = self._wait()
@@ -148,7 +170,7 @@ class Stages:
             self._stop()
         return len(done) == len(self.stages)
 
-    def _start(self, stage: Stage, slots: list[int]) -> None:
+    def _start(self, stage: Stage, command: list[str], slots: list[int]) -> None:
         log = self.folder / "logs" / f"{stage.name.replace('/', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ}
@@ -158,7 +180,6 @@ class Stages:
         else:
             # As many stages as processors, so one thread each.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(self.devices))))
-        command = stage.command()
         with log.open("a", encoding="utf-8") as out:
             out.write(f"$ {' '.join(command)}\n")
             out.flush()
@@ -186,7 +207,8 @@ class Stages:
         seconds = time.perf_counter() - ended.started
         if status == 0:
             stage = next(stage for stage in self.stages if stage.name == name)
-            write_json(self.mark(stage), {"settings": stage.settings, "seconds": round(seconds, 1)})
+            mark = {"run": uuid.uuid4().hex, "needs": self._runs_of(stage.needs)}
+            write_json(self.mark(stage), {**mark, "settings": stage.settings, "seconds": round(seconds, 1)})
             self.say(f"[{done}/{len(self.stages)}] {name} took {seconds:.0f} s")
             return
         lines = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]

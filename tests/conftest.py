@@ -12,6 +12,14 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of a file share what it sets up, those of distributed/ even their runs: each group stays in one worker."""
+    for item in items:
+        folder = item.path.parent
+        group = folder.name if folder.name == "distributed" else str(item.path.relative_to(item.config.rootpath))
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
     """Accelerate keeps precision and plugins of the first accelerator in a process; tests must not share them."""

@@ -83,6 +83,8 @@ class PretrainingArguments(SAMTrainingArguments):
             self.gradient_accumulation_steps = accumulation_for(
                 self.global_batch_size, self.per_device_train_batch_size, devices
             )
+        if self.num_train_epochs < 1 or self.num_train_epochs != int(self.num_train_epochs):
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} must be a whole number of passes.")
         # The data is in the order of training already.
         self.train_sampling_strategy = "sequential"
         if self.train_tokens is not None:
@@ -90,6 +92,11 @@ class PretrainingArguments(SAMTrainingArguments):
         elif self.max_steps < 1:
             raise ValueError("Say how long to train: train_tokens, e.g. 50B, or max_steps.")
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"One process has {self.n_gpu} GPUs, among which DataParallel would share each batch out. Start one "
+                "process for each: accelerate launch SCRIPT ..."
+            )
 
     @property
     def sequences(self) -> int:
@@ -122,15 +129,15 @@ def checkpoint_step(folder: str | Path) -> int:
     """Optimizer steps behind a checkpoint of a Trainer.
 
     Raises:
-        ValueError: if the folder is none, or only holds weights.
+        ValueError: if the folder is none.
     """
     folder = Path(folder)
     try:
         step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"anneal_from={str(folder)!r} is no checkpoint of a training run (it has no trainer_state.json that can "
-            "be read). Name a folder checkpoint-N; to start from weights alone, name them in model_name_or_path."
+            f"{str(folder)!r} is no checkpoint of a training run (it has no trainer_state.json that can be read). Name "
+            "a folder checkpoint-N in anneal_from; to start from weights alone, name them in model_name_or_path."
         ) from error
     return int(step)
 
@@ -173,7 +180,7 @@ class DataArguments:
             Read and tokenize while training. Otherwise all is tokenized first, and kept in the cache of `datasets`.
         preprocessing_num_workers (`int`, *optional*, defaults to 1):
             Processes (threads when streaming) that tokenize.
-        block_rows (`int`, *optional*, defaults to 1024):
+        block_rows (`int`, *optional*, defaults to 16384):
             Rows of a block, in which mixtures are exact and streams are shuffled.
     """
 
@@ -190,7 +197,7 @@ class DataArguments:
         default=1, metadata={"help": "Processes (threads when streaming) that tokenize."}
     )
     block_rows: int = field(
-        default=1024, metadata={"help": "Rows of a block, in which mixtures are exact and streams are shuffled."}
+        default=16384, metadata={"help": "Rows of a block, in which mixtures are exact and streams are shuffled."}
     )
 
     def check(self) -> None:

@@ -1,63 +1,141 @@
-"""Checkpoints that a run can go on from, also one that was killed while it wrote the next."""
+"""What a run leaves beside its weights, so that the same command goes on with it, and another one does not by mistake.
 
+The output folder gets a record of the settings when the run begins, and a mark when it is done. Each checkpoint gets,
+in the last file that the host writes of it, how many processes wrote it and where the data stood.
+"""
+
+import dataclasses
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-_POSITION = "DataPosition"
+from ..evaluation.processes import from_first
+from ..resources import write_json
+
+RECORD, DONE = "run_settings.json", "training_done.json"
+
+# Of the host's settings, those that decide where training ends up; how it is shared out and logged does not.
+_DECISIVE = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
+    *("optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
+    *("seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),
+)
+_NOT_DECISIVE = {"dataset_num_proc", "preprocessing_num_workers", "eval_packing", "sequences", "dry_run_gpus"}
 
 
-class DataPosition(TrainerCallback, ExportableState):
-    """Writes the place in the data into `trainer_state.json`, the last file of a checkpoint.
+def decisive_settings(args: TrainingArguments, *others, **facts) -> dict:
+    """The settings that decide where a run ends up, for JSON.
 
     Args:
-        position (`Callable[[], dict]`): tells where the data stands.
+        args ([`~transformers.TrainingArguments`]): of those, the host's own are chosen from, others are all taken.
+        others: more dataclasses.
+        facts: anything else, such as a hash of the weights that the run begins with.
+    """
+    host = {field.name for field in dataclasses.fields(TrainingArguments)}
+    found = {name: getattr(args, name) for name in _DECISIVE if hasattr(args, name)}
+    for one in (args, *others):
+        for field in dataclasses.fields(one):
+            if field.name not in host | _NOT_DECISIVE:
+                found[field.name] = getattr(one, field.name)
+    return json.loads(json.dumps(found | facts, default=str, sort_keys=True))
+
+
+def is_done(args: TrainingArguments, settings: dict) -> bool:
+    """Whether the output folder holds this run, through to its end.
+
+    Raises:
+        ValueError: if it holds checkpoints or the model of a run with other settings; the message says which.
+    """
+    folder = Path(args.output_dir)
+    done = (folder / DONE).exists()
+    if not done and not list(folder.glob("checkpoint-*")):
+        return False
+    before = _read(folder / RECORD)
+    if before is None:
+        raise ValueError(f"output_dir={args.output_dir!r} holds checkpoints of another program. Choose another folder.")
+    if before != settings:
+        changed = [
+            f"{name} {before.get(name)!r} -> {settings.get(name)!r}"
+            for name in sorted(before.keys() | settings.keys())
+            if before.get(name) != settings.get(name)
+        ]
+        raise ValueError(
+            f"output_dir={args.output_dir!r} holds a run with other settings ({', '.join(changed)}). Choose another "
+            "folder, or remove that one."
+        )
+    return done
+
+
+def record(args: TrainingArguments, settings: dict) -> None:
+    """Write down the settings of a run that begins, for [`is_done`]."""
+    if args.process_index == 0:
+        write_json(Path(args.output_dir) / RECORD, settings)
+
+
+def mark_done(trainer) -> None:
+    """Leave the mark that [`is_done`] looks for."""
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.args.output_dir) / DONE, {"steps": trainer.state.global_step})
+    trainer.accelerator.wait_for_everyone()
+
+
+class CheckpointRecord(TrainerCallback, ExportableState):
+    """Writes into `trainer_state.json`, the last file of a checkpoint, what is needed to go on from it.
+
+    Args:
+        world_size (`int`): processes, each of which writes a file of its own.
+        position (`Callable[[], dict]`, *optional*): tells where the data stands.
     """
 
-    def __init__(self, position):
-        self._position = position
+    def __init__(self, world_size: int, position: Callable[[], dict] | None = None):
+        self._world_size, self._position = world_size, position
 
     def state(self) -> dict:
         """What the host writes."""
-        return {"args": {}, "attributes": self._position()}
+        data = self._position() if self._position is not None else None
+        return {"args": {}, "attributes": {"world_size": self._world_size, "data": data}}
 
 
-def read_position(checkpoint: str | Path) -> dict | None:
-    """The place in the data that a checkpoint holds; None if it holds none."""
-    state = _read(Path(checkpoint))
-    stored = (state or {}).get("stateful_callbacks", {}).get(_POSITION)
+def read_record(checkpoint: str | Path) -> dict | None:
+    """What [`CheckpointRecord`] wrote; None if it wrote nothing."""
+    state = _read(Path(checkpoint) / "trainer_state.json") or {}
+    stored = state.get("stateful_callbacks", {}).get(CheckpointRecord.__name__)
     if isinstance(stored, list):
         stored = stored[-1]
     return None if stored is None else stored["attributes"]
 
 
-def last_complete(output_dir: str | Path, world_size: int = 1) -> str | None:
-    """The newest checkpoint in a folder that was written to its end, or None.
+def last_complete(output_dir: str | Path) -> str | None:
+    """The newest checkpoint in a folder that was written to its end, or None; the same on all processes.
 
-    Args:
-        output_dir (`str` or `Path`): of the run.
-        world_size (`int`): number of processes, each of which writes a file of its own.
+    A checkpoint that was interrupted lacks its last file, or that of a process.
     """
-    found = []
+    steps = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
         step = folder.name.removeprefix("checkpoint-")
-        if step.isdigit() and _is_complete(folder, world_size):
-            found.append((int(step), str(folder)))
-    return max(found)[1] if found else None
+        if step.isdigit() and _is_complete(folder):
+            steps[int(step)] = str(folder)
+    return from_first(steps[max(steps)] if steps else None)
 
 
-def _is_complete(folder: Path, world_size: int) -> bool:
-    if _read(folder) is None:
+def _is_complete(folder: Path) -> bool:
+    record = read_record(folder)
+    if record is None:
         return False
-    states = len(list(folder.glob("rng_state*.pth")))
-    # Another number of processes than before is for the host to accept or refuse.
-    return states != 0 and (states >= world_size or (folder / "rng_state.pth").exists())
+    world = record["world_size"]
+    if world == 1:
+        return (folder / "rng_state.pth").exists()
+    # Nodes that share no disk have the files of their own processes only.
+    here = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    return all((folder / f"rng_state_{rank}.pth").exists() for rank in range(here))
 
 
-def _read(folder: Path) -> dict | None:
+def _read(path: Path) -> dict | None:
     try:
-        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

@@ -4,10 +4,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from accelerate.logging import get_logger
+
 from .arguments import DataArguments, PretrainingArguments
 from .documents import Source, TokenStream
 from .packing import MixedRows, Mixture, PackedRows, tokenized
 from .stream import PackedStream
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -38,7 +42,12 @@ class TrainingData:
 
 
 def training_data(
-    data: DataArguments, args: PretrainingArguments, tokenizer, before: dict | None = None, now: dict | None = None
+    data: DataArguments,
+    args: PretrainingArguments,
+    tokenizer,
+    before: dict | None = None,
+    now: dict | None = None,
+    step: int = 0,
 ) -> TrainingData:
     """The rows that a run trains on.
 
@@ -49,9 +58,10 @@ def training_data(
         before (`dict`, *optional*): position of the data in the checkpoint of `anneal_from`; data other than that
             begins at its beginning.
         now (`dict`, *optional*): position of the data in the checkpoint that this run goes on from.
+        step (`int`): optimizer steps behind that checkpoint.
 
     Raises:
-        ValueError: if data is missing, of another form, or too little; or if `now` belongs to other data.
+        ValueError: if data is missing, of another form, or too little, or if `now` is not the place of `step`.
     """
     data.check()
     if tokenizer.eos_token_id is None:
@@ -60,10 +70,18 @@ def training_data(
     if now is not None and now["fingerprint"] != fingerprint:
         raise ValueError(
             f"The checkpoints in {args.output_dir!r} were made with other data, tokenizer, sequence_length or seed, so "
-            "the run cannot go on where it was. Restore those settings, or choose another output_dir."
+            "the run cannot go on where it was. Restore those (files too), or choose another output_dir."
         )
     same = before is not None and before["fingerprint"] == fingerprint
+    if before is not None and not same:
+        logger.warning("The data is not that of the checkpoint in anneal_from, so it begins at its beginning.")
     first_row = before["row"] if same else 0
+    row = first_row + (step - args.first_step) * args.sequences
+    if now is not None and now["row"] != row:
+        raise ValueError(
+            f"The checkpoints in {args.output_dir!r} were made with another global batch size: {now['row']} rows in "
+            f"{step} steps, not {row}. Restore it (global_batch_size), or choose another output_dir."
+        )
     rows = (args.max_steps - args.first_step) * args.sequences
     sources = [Source(spec, data.text_column, data.dataset_split) for spec in data.datasets]
     weights = data.dataset_weights or [1.0] * len(sources)
@@ -119,5 +137,6 @@ def _fingerprint(data: DataArguments, args: PretrainingArguments, tokenizer) -> 
         *(data.datasets, data.dataset_weights, data.dataset_split, data.text_column, data.streaming, data.block_rows),
         *(args.sequence_length, args.seed),
         *(len(tokenizer), tokenizer.eos_token_id, sorted(tokenizer.get_vocab().items())),
+        *(Source(spec).files() for spec in data.datasets),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -1,18 +1,21 @@
 """Text as a stream of tokens whose position can be saved and taken up again, to the token."""
 
+import copy
 import itertools
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ..named_data import data_files, named, open_split
 
-# Documents that a worker tokenizes at once.
-_BATCH = 128
+# Documents that a worker tokenizes at once, and files that are read at once.
+_BATCH = 64
+_OPEN = 8
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Source:
         if self.column not in first:
             raise ValueError(f"it has no column {self.column!r}, but {', '.join(map(repr, first))}.")
         check_text(first[self.column], self.column, "the first document")
+
+    def files(self) -> list[tuple[str, int]]:
+        """Names and sizes of local files; none for a dataset of the hub, whose revision can be named."""
+        place = named(self.spec)[1]
+        paths = data_files(place)
+        if os.path.isdir(place):
+            paths = sorted(str(path) for path in Path(place).rglob("*") if path.is_file())
+        return [(os.path.basename(path), os.path.getsize(path)) for path in paths]
 
     def most_tokens(self) -> int | None:
         """A bound on the tokens of local, uncompressed files: each takes at least one byte. None if not known."""
@@ -101,8 +112,8 @@ class _Batch:
 class TokenStream:
     """The documents of a streaming dataset, tokenized, one behind the other, pass after pass.
 
-    Documents are tokenized ahead by `workers` threads (fast tokenizers do not hold Python's lock); how many does not
-    change the stream. The files of the dataset are visited in another order in every pass.
+    Several files are read at once, a batch of each in turn, in another order in every pass. Documents are tokenized
+    ahead by `workers` threads (fast tokenizers do not hold Python's lock); how many does not change the stream.
 
     Args:
         source ([`Source`]): where the documents come from.
@@ -117,85 +128,90 @@ class TokenStream:
         self._dataset = source.open(streaming=True)
         self._tokenizer = tokenizer
         self._seed, self._workers, self._passes = seed, workers, passes
-        self._begin({"pass": 0, "shard": 0, "documents": None, "used": 0})
+        self._pool: ThreadPoolExecutor | None = None
+        self._begin({"place": {"pass": 0, "next": 0, "turn": 0, "open": []}, "used": 0})
 
     def state(self) -> dict:
         """Where the next token comes from: plain numbers, for JSON."""
-        return {**self._before, "used": self._used}
+        return {"place": self._place, "used": self._used}
 
     def load_state(self, state: dict) -> None:
         """Go on where [`state`] was taken."""
         self._begin(state)
 
     def _begin(self, state: dict) -> None:
-        self._before = {key: state[key] for key in ("pass", "shard", "documents")}
-        self._used = 0
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="tokenize")
+        self._place, self._used = state["place"], 0
         self._tokens, self._starts = np.zeros(0, np.int32), np.zeros(0, bool)
         self._ahead: deque[_Batch] = deque()
-        self._batches = self._read(**self._before)
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="tokenize")
-        skip = state["used"]
-        while skip:  # of the batch that the position lies in
-            _, taken = self.take(skip)
-            skip -= len(taken)
+        self._batches = self._read(copy.deepcopy(self._place))
+        self.take(state["used"])  # of the batch that the position lies in
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next `count` tokens (int32), and which of them begin a document.
-
-        Raises:
-            ValueError: when all passes are through.
-        """
-        tokens, starts = [], []
-        while count:
-            if self._used == len(self._tokens):
-                self._next_batch()
+        """The next `count` tokens (int32), and which of them begin a document; fewer at the end of the last pass."""
+        tokens, starts = [self._tokens[:0]], [self._starts[:0]]
+        while count and (self._used < len(self._tokens) or self._next_batch()):
             piece = slice(self._used, self._used + count)
             tokens.append(self._tokens[piece])
             starts.append(self._starts[piece])
             self._used += len(tokens[-1])
             count -= len(tokens[-1])
-        if not tokens:
-            return self._tokens[:0], self._starts[:0]
         return np.concatenate(tokens), np.concatenate(starts)
 
-    def _next_batch(self) -> None:
+    def ended(self) -> ValueError:
+        """What to tell when there are no more tokens, and there should be."""
+        times = "1 pass" if self._passes == 1 else f"{self._passes} passes"
+        return ValueError(
+            f"The training data {self.source.spec!r} ended after {times}, before the token budget was used up. Lower "
+            "train_tokens, raise num_train_epochs (passes over the data), or give more data."
+        )
+
+    def _next_batch(self) -> bool:
         # Twice as many as there are workers: none of them waits while results are fetched.
         for batch in itertools.islice(self._batches, 2 * self._workers - len(self._ahead)):
             self._ahead.append(batch)
         if not self._ahead:
-            self._pool.shutdown()
-            raise ValueError(
-                f"The training data {self.source.spec!r} ended after {self._passes} "
-                f"pass{'es' if self._passes > 1 else ''}, before the token budget was used up. Lower train_tokens, "
-                "raise num_train_epochs (passes over the data), or give more data."
-            )
+            return False
         head = self._ahead.popleft()
-        self._before, self._used = head.before, 0
+        self._place, self._used = head.before, 0
         self._tokens, self._starts = head.result()
+        return True
 
-    def _read(self, **position) -> Iterator[_Batch]:
-        first_pass, first_shard, documents = position["pass"], position["shard"], position["documents"]
+    def _read(self, place: dict) -> Iterator[_Batch]:
+        """Batches of documents from a place on, which is a pass, the files that are open, and whose turn it is."""
         shards = self._dataset.num_shards
-        for number in range(first_pass, self._passes):
-            order = np.random.default_rng((self._seed, number)).permutation(shards)
-            for place in range(first_shard if number == first_pass else 0, shards):
-                # A new object each time, which begins at the beginning.
-                shard = self._dataset.shard(num_shards=shards, index=int(order[place]))
-                if documents is not None:
-                    shard.load_state_dict(documents)
-                yield from self._batches_of(shard, {"pass": number, "shard": place, "documents": documents})
-                documents = None
-
-    def _batches_of(self, shard, before: dict) -> Iterator[_Batch]:
-        rows = iter(shard)
-        while True:
+        readers = [self._open(place["pass"], at["shard"], at["documents"]) for at in place["open"]]
+        while place["pass"] < self._passes:
+            while len(readers) < _OPEN and place["next"] < shards:
+                place["open"].append({"shard": place["next"], "documents": None})
+                readers.append(self._open(place["pass"], place["next"], None))
+                place["next"] += 1
+            if not readers:
+                place |= {"pass": place["pass"] + 1, "next": 0, "turn": 0}
+                continue
+            turn = place["turn"] % len(readers)
+            before = copy.deepcopy(place)
+            shard, rows = readers[turn]
             texts = []
             for row in itertools.islice(rows, _BATCH):
                 text = row.get(self.source.column)
                 check_text(text, self.source.column, f"a document of {self.source.spec!r}")
                 texts.append(text)
             if not texts:
-                return
+                del readers[turn], place["open"][turn]
+                continue
+            place["open"][turn]["documents"] = shard.state_dict()
+            place["turn"] = turn + 1
             yield _Batch(before, self._pool.submit(token_ids, texts, self._tokenizer))
-            # Before it is read from, a dataset does not know the state that was loaded.
-            before = {**before, "documents": shard.state_dict()}
+
+    def _open(self, number: int, place: int, documents: dict | None):
+        """A file, and an iterator over the rest of its rows."""
+        shards = self._dataset.num_shards
+        order = np.random.default_rng((self._seed, number)).permutation(shards)
+        # A new object each time, which begins at the beginning.
+        shard = self._dataset.shard(num_shards=shards, index=int(order[place]))
+        if documents is not None:
+            shard.load_state_dict(documents)
+        return shard, iter(shard)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .packing import IGNORED
 
@@ -29,14 +28,17 @@ class ZLoss:
             labels (`torch.Tensor` of shape `(batch, length)`): tokens, or -100 where none is predicted.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): predicted tokens of the optimizer step.
         """
-        logits = outputs.logits.float()
-        loss = ForCausalLMLoss(logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch)
-        if not torch.is_grad_enabled():
-            return loss
-        counted = labels[:, 1:] != IGNORED
-        normalizer = torch.logsumexp(logits[:, :-1], dim=-1).square()
-        total = torch.where(counted.to(normalizer.device), normalizer, 0.0).sum()
-        items = counted.sum() if num_items_in_batch is None else num_items_in_batch
-        if torch.is_tensor(items):
-            items = items.to(total.device)
-        return loss + self.weight * total / items
+        items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        weight = self.weight if torch.is_grad_enabled() else 0.0
+        # A sequence at a time: what is needed in between is a fraction of the logits of the batch.
+        total = sum(_of_sequence(*pair, weight) for pair in zip(outputs.logits, labels, strict=True))
+        return total / (items.to(total.device) if torch.is_tensor(items) else items)
+
+
+def _of_sequence(logits: torch.Tensor, labels: torch.Tensor, weight: float) -> torch.Tensor:
+    """Sum over the tokens of a sequence; one normalizer serves both terms."""
+    logits, targets = logits[:-1].float(), labels[1:].to(logits.device)
+    counted = targets != IGNORED
+    normalizer = torch.logsumexp(logits, dim=-1)
+    chosen = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(counted, normalizer - chosen + weight * normalizer.square(), 0.0).sum()

@@ -141,7 +141,7 @@ class PackedRows(Dataset):
 
 
 class Mixture:
-    """Shares of several sources, exact in every block of `block` rows.
+    """Shares of several sources, the same in every block of `block` rows, where they are rounded to rows.
 
     Args:
         weights (`Sequence[float]`): shares of tokens; need not sum to 1.
@@ -174,6 +174,11 @@ class Mixture:
     def order(self, number: int, rows: int) -> np.ndarray:
         """Order of the rows of a block; they are numbered source by source."""
         return np.random.default_rng((self.seed, number)).permutation(rows)
+
+    def taken(self, source: int, rows: int) -> int:
+        """How many of the first `rows` rows of all blocks come from a source."""
+        blocks, rest = divmod(rows, self.block)
+        return blocks * self.counts(self.block)[source] + int((self.sources(blocks)[:rest] == source).sum())
 
     def sources(self, number: int) -> np.ndarray:
         """Source of each row of a block."""
@@ -215,9 +220,8 @@ class MixedRows(Dataset):
             name = names[index] if names else str(index)
             if not len(part):
                 raise ValueError(f"The training data {name!r} has no text in it, only empty documents.")
-            needed = round(mixture.shares[index] * (first + rows))
-            # What blocks round may differ by a row each way.
-            if needed > passes * len(part) + 1:
+            needed = mixture.taken(index, first + rows)
+            if needed > passes * len(part):
                 raise ValueError(
                     f"The training data {name!r} has {part.tokens:,} tokens, but the run takes "
                     f"{needed * part.length:,} of it: {needed / len(part):.1f} passes. Lower train_tokens, raise "

@@ -24,21 +24,24 @@ class ModelSize:
         parameters (`int`): all of them.
         trainable (`int`): those that have a gradient.
         multiplied (`int`): those that each token is multiplied with: all but input embeddings that are not tied.
-        largest_layer (`int`): parameters of the largest block, which sharded strategies gather.
+        largest_unit (`int`): parameters of the largest block, or of all outside of blocks, which sharded strategies
+            gather as one.
         layers (`int`): number of blocks.
         hidden (`int`): width.
         vocabulary (`int`): number of tokens.
-        activations (`int`): bytes that autograd keeps of one micro-batch.
+        activations (`int`): bytes that autograd keeps of one micro-batch, of fp32 weights under autocast.
+        activations_16 (`int`): of bf16 weights, as sharded strategies and ZeRO have them.
     """
 
     parameters: int
     trainable: int
     multiplied: int
-    largest_layer: int
+    largest_unit: int
     layers: int
     hidden: int
     vocabulary: int
     activations: int
+    activations_16: int
 
 
 def measure_model(
@@ -47,33 +50,18 @@ def measure_model(
     """Sizes of a model that is never given memory.
 
     Args:
-        make_model (`Callable[[], PreTrainedModel]`): makes it, in fp32.
+        make_model (`Callable[[torch.dtype], PreTrainedModel]`): makes it.
         batch (`int`): sequences of a micro-batch.
         length (`int`): tokens of a sequence.
-        bf16 (`bool`): whether it runs under autocast.
+        bf16 (`bool`): whether it runs in bf16.
         gradient_checkpointing (`bool`): whether blocks are computed again in the backward pass.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = make_model().train()
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        own = {param.untyped_storage()._cdata for param in model.parameters()}
-        kept: dict[int, tuple[int, object]] = {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage.nbytes(), storage  # held, so that no other gets its address
-            return tensor
-
-        ids = torch.zeros(batch, length, dtype=torch.long)
-        with (
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            model(input_ids=ids, labels=ids)
+        model = make_model(torch.float32)
+        kept = _kept(model, batch, length, bf16, gradient_checkpointing)
+        kept_16 = _kept(make_model(torch.bfloat16), batch, length, False, gradient_checkpointing) if bf16 else kept
         config = model.config.get_text_config()
         blocks = [sum(p.numel() for p in layer.parameters()) for layer in _blocks(model)]
         parameters = sum(param.numel() for param in model.parameters())
@@ -83,12 +71,36 @@ def measure_model(
             parameters=parameters,
             trainable=sum(param.numel() for param in model.parameters() if param.requires_grad),
             multiplied=parameters - (0 if tied else embedding.numel()),
-            largest_layer=max(blocks, default=0),
+            largest_unit=max(max(blocks, default=0), parameters - sum(blocks)),
             layers=len(blocks),
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
-            activations=sum(size for size, _ in kept.values()),
+            activations=kept,
+            activations_16=kept_16,
         )
+
+
+def _kept(model, batch: int, length: int, autocast: bool, gradient_checkpointing: bool) -> int:
+    """Bytes that autograd keeps for the backward pass, without the weights."""
+    model.train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    own = {param.untyped_storage()._cdata for param in model.parameters()}
+    kept: dict[int, tuple[int, object]] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes(), storage  # held, so that no other gets its address
+        return tensor
+
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        model(input_ids=ids, labels=ids)
+    return sum(size for size, _ in kept.values())
 
 
 def _blocks(model) -> list[torch.nn.Module]:
@@ -99,8 +111,9 @@ def _blocks(model) -> list[torch.nn.Module]:
 def memory(size: ModelSize, strategy: str, devices: int, batch: int, length: int, *, sam: bool) -> dict[str, int]:
     """Bytes on each device, at the peak of a step, by what they hold.
 
-    Weights are kept in fp32, under ZeRO in bf16 with fp32 masters; AdamW keeps two fp32 moments. SAM keeps a copy of
-    the trainable weights during its second pass, but under ZeRO, which restores them from the masters.
+    Weights are kept in fp32, under ZeRO in bf16 with fp32 masters; AdamW keeps two fp32 moments. DDP holds gradients a
+    second time, in its buckets; FSDP2 holds those of all weights, in bf16, while micro-batches are accumulated. SAM
+    keeps a copy of the trainable weights during its second pass, but under ZeRO, which restores them from the masters.
 
     Args:
         size ([`ModelSize`]): of the model.
@@ -113,23 +126,29 @@ def memory(size: ModelSize, strategy: str, devices: int, batch: int, length: int
     Returns:
         `dict[str, int]`: bytes of weights, gradients, optimizer, sam, activations and logits.
     """
-    sharded = strategy in ("fsdp2", "zero3")
-    zero = strategy.startswith("zero")
-    per = devices if sharded else 1
-    weight, gradient = (2, 2) if zero else (4, 4)
-    parts = {
-        "weights": math.ceil(weight * size.parameters / per),
-        "gradients": math.ceil(gradient * size.trainable / (devices if zero else per)),
+    whole, trained = size.parameters, size.trainable
+    gathered = 2 * 2 * size.largest_unit if devices > 1 else 0  # one in use, the next on its way
+    weights, gradients, optimizer, copy = {
+        "ddp": (4 * whole, (8 if devices > 1 else 4) * trained, 8 * trained, 4 * trained),
+        "fsdp2": (
+            4 * whole / devices + gathered,
+            4 * trained / devices + (2 * trained if devices > 1 else 0),
+            8 * trained / devices,
+            4 * trained / devices,
+        ),
         # ZeRO shards the masters and the moments from stage 1 on.
-        "optimizer": math.ceil((12 if zero else 8) * size.trainable / (devices if zero else per)),
-        "sam": 0 if zero or not sam else math.ceil(4 * size.trainable / per),
-        "activations": size.activations,
+        "zero2": (2 * whole, 2 * trained / devices, 12 * trained / devices, 0),
+        "zero3": (2 * whole / devices + gathered, 2 * trained / devices, 12 * trained / devices, 0),
+    }[strategy]
+    return {
+        "weights": math.ceil(weights),
+        "gradients": math.ceil(gradients),
+        "optimizer": math.ceil(optimizer),
+        "sam": math.ceil(copy) if sam else 0,
+        "activations": size.activations if strategy == "ddp" else size.activations_16,
         # The gradient of the logits, in fp32, beside those that are kept.
         "logits": 4 * batch * length * size.vocabulary,
     }
-    if sharded:
-        parts["weights"] += 2 * 2 * size.largest_layer  # one in use, the next on its way
-    return parts
 
 
 def flops(size: ModelSize, tokens: int, length: int) -> float:

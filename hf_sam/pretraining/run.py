@@ -1,6 +1,5 @@
 """A run from its settings to the saved model: checked, resumed if it was interrupted, left alone if it is done."""
 
-import json
 import os
 from pathlib import Path
 
@@ -10,18 +9,16 @@ from accelerate.logging import get_logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import get_model_param_count
 
-from ..evaluation.sources import find_model
-from ..resources import check_disk, write_json
+from ..evaluation.sources import ModelSource, find_model
+from ..resources import check_disk
 from ..schedule import SAMWindow, ascent_count
-from .arguments import DataArguments, ModelArguments, PretrainingArguments
-from .checkpoints import last_complete, read_position
+from .arguments import DataArguments, ModelArguments, PretrainingArguments, checkpoint_step
+from .checkpoints import decisive_settings, is_done, last_complete, mark_done, read_record, record
 from .data import training_data
 from .planning import Plan, measure_model
 from .trainer import PretrainingTrainer
 
 logger = get_logger(__name__)
-
-DONE = "training_done.json"
 
 
 def pretrain(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> str:
@@ -35,37 +32,49 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     Raises:
         ValueError, OSError: before anything is trained, if something that it needs is not there.
     """
-    if is_done(args):
+    data_args.check()
+    source = model_source(model_args)
+    weights = {} if source is None else {"weights": source.fingerprint}
+    settings = decisive_settings(args, model_args, data_args, sequences=args.sequences, **weights)
+    if is_done(args, settings):
         logger.info(f"The run in {args.output_dir} is done.", main_process_only=True)
         return args.output_dir
-    data_args.check()
-    source = model_source(model_args, args)
-    config = load_config(source, model_args)
-    tokenizer = load_tokenizer(source, model_args)
+    folder = None if source is None else str(source.folder)
+    config = load_config(folder or model_args.config_name, model_args)
+    tokenizer = load_tokenizer(folder, model_args)
     check_fits(config, tokenizer, args.sequence_length)
-    model = make_model(source, config, model_args, args.seed)
+    model = make_model(folder, config, model_args, args.seed)
     model.config.use_cache = False
     check_space(args, model)
-    checkpoint = last_complete(args.output_dir, args.world_size)
+    checkpoint = last_complete(args.output_dir)
     data = training_data(
         data_args,
         args,
         tokenizer,
-        before=read_position(args.anneal_from) if args.anneal_from else None,
-        now=read_position(checkpoint) if checkpoint else None,
+        before=_position(args.anneal_from) if args.anneal_from else None,
+        now=_position(checkpoint) if checkpoint else None,
+        step=checkpoint_step(checkpoint) if checkpoint else args.first_step,
     )
     trainer = PretrainingTrainer(model=model, args=args, data=data, processing_class=tokenizer)
+    record(args, settings)
     trainer.train(resume_from_checkpoint=checkpoint or args.anneal_from)
     trainer.save_model(args.output_dir)
-    mark_done(trainer, args)
+    mark_done(trainer)
     return args.output_dir
+
+
+def _position(checkpoint: str) -> dict | None:
+    return (read_record(checkpoint) or {}).get("data")
 
 
 def plan(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments, devices: int) -> Plan:
     """What the run will take; loads the configuration of the model, no weights and no data."""
-    config = load_config(None if model_args.config_name else model_source(model_args, args), model_args)
+    place = model_args.config_name or model_args.model_name_or_path
+    config = load_config(place, model_args)
     size = measure_model(
-        lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code),
+        lambda dtype: AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=model_args.trust_remote_code
+        ),
         args.per_device_train_batch_size,
         args.sequence_length,
         bf16=args.bf16,
@@ -92,55 +101,8 @@ def _passes(args: PretrainingArguments, sequences: int, devices: int, steps: int
     return 1 + acting / steps * ascent_count(args.sam_ascent_micro_batches, micro_batches) / micro_batches
 
 
-def is_done(args) -> bool:
-    """Whether a run with these settings has been through.
-
-    Raises:
-        ValueError: if one with other settings has.
-    """
-    path = Path(args.output_dir) / DONE
-    if not path.exists():
-        return False
-    done = json.loads(path.read_text(encoding="utf-8"))
-    if done["settings"] != _settings(args):
-        changed = [
-            f"{name} {done['settings'].get(name)!r} -> {value!r}"
-            for name, value in _settings(args).items()
-            if done["settings"].get(name) != value
-        ]
-        raise ValueError(
-            f"output_dir={args.output_dir!r} holds a finished run with other settings ({', '.join(changed)}). Choose "
-            "another folder, or remove that one."
-        )
-    return True
-
-
-def mark_done(trainer, args) -> None:
-    """Leave the mark that `is_done` looks for."""
-    if trainer.is_world_process_zero():
-        loss = next(
-            (entry["train_loss"] for entry in reversed(trainer.state.log_history) if "train_loss" in entry), None
-        )
-        write_json(
-            Path(args.output_dir) / DONE,
-            {"settings": _settings(args), "steps": trainer.state.global_step, "train_loss": loss},
-        )
-    trainer.accelerator.wait_for_everyone()
-
-
-# What decides where training ends up; batches per device and the like do not.
-_DECISIVE = (
-    *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "sam_rho"),
-    *("sam_adaptive", "sam_phase", "anneal_steps", "anneal_type", "anneal_min_lr_ratio"),
-)
-
-
-def _settings(args) -> dict:
-    return {name: getattr(args, name) for name in _DECISIVE}
-
-
-def model_source(model_args: ModelArguments, args: PretrainingArguments) -> str | None:
-    """The folder whose weights are the start, downloaded if need be; None for random weights.
+def model_source(model_args: ModelArguments) -> ModelSource | None:
+    """The model whose weights are the start, downloaded if need be; None for random weights.
 
     Raises:
         ValueError, OSError: see [`~hf_sam.evaluation.sources.find_model`].
@@ -152,18 +114,20 @@ def model_source(model_args: ModelArguments, args: PretrainingArguments) -> str 
                 "Say which model to train: model_name_or_path (its weights are the start) or config_name (random ones)."
             )
         return None
-    if not os.path.isdir(name) and revision:
-        name = f"{name}@{revision}"
-    return str(find_model(name).folder)
+    return find_model(name if os.path.isdir(name) or not revision else f"{name}@{revision}")
 
 
-def load_config(source: str | None, model_args: ModelArguments):
-    """The model's configuration."""
-    place = source or model_args.config_name
+def load_config(place: str | None, model_args: ModelArguments):
+    """The model's configuration: a file, a folder, or that of a model on the hub."""
+    if place is None:
+        raise ValueError("Say which model to train: model_name_or_path or config_name.")
+    revision = None if os.path.exists(place) else model_args.model_revision
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=model_args.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            place, revision=revision or "main", trust_remote_code=model_args.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise ValueError(f"config_name={place!r} cannot be read: {error}") from error
+        raise ValueError(f"There is no configuration of a model in {place!r}: {error}") from error
 
 
 def load_tokenizer(source: str | None, model_args: ModelArguments):
@@ -188,13 +152,17 @@ def check_fits(config, tokenizer, length: int) -> None:
 
 
 def check_space(args: PretrainingArguments, model) -> None:
-    """Raises OSError if the disk has no space for the checkpoints: weights and two moments, each in fp32."""
+    """Raises OSError if the disk has no space for the checkpoints that are still to come.
+
+    A checkpoint holds weights and two moments in fp32; sharded strategies write the weights twice.
+    """
     weights = 4 * get_model_param_count(model)
     saves = 0 if args.save_strategy == "no" else _checkpoints(args)
+    there = len(list(Path(args.output_dir).glob("checkpoint-*")))
     if args.process_index == 0:
         check_disk(
             args.output_dir,
-            weights + saves * 3 * weights,
+            weights + max(0, saves - there) * 4 * weights,
             f"the model and {saves} checkpoint{'' if saves == 1 else 's'} of it (save_steps, save_total_limit)",
         )
 

@@ -62,25 +62,34 @@ class PackedStream(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         with ThreadPoolExecutor(1, thread_name_prefix="pack") as background:
             ahead = background.submit(self._read)
-            while (block := ahead.result()) is not None:
+            while (found := ahead.result()) is not None:
+                first, block = found
                 ahead = background.submit(self._read)
                 skip, self._skip = self._skip, 0
-                for tokens, starts in block[skip:]:
+                for tokens, starts in block[skip : self.rows - first]:
                     yield make_row(tokens, starts, self.length, self._padding, self._document_mask)
 
-    def _read(self) -> list[tuple[np.ndarray, np.ndarray]] | None:
-        """The next block, or None at the end."""
+    def _read(self) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]] | None:
+        """Number of the first row of the next block, and its rows; None at the end.
+
+        Blocks do not depend on where the run ends; only at the end of the data there may be a shorter one.
+        """
         state = self._next
-        rows = min(self._mixture.block, self.rows - state["row"])
-        if rows <= 0:
+        if state["row"] >= self.rows:
             return None
-        block = []
-        for stream, count in zip(self._streams, self._mixture.counts(rows), strict=True):
-            block += [stream.take(self.length) for _ in range(count)]
+        block, short = [], None
+        for stream, count in zip(self._streams, self._mixture.counts(self._mixture.block), strict=True):
+            rows = [stream.take(self.length) for _ in range(count)]
+            whole = [row for row in rows if len(row[0]) == self.length]
+            block += whole
+            if len(whole) < count:
+                short = short or stream
+        if short is not None and state["row"] + len(block) < self.rows:
+            raise short.ended()
         self._next = {
-            "row": state["row"] + rows,
+            "row": state["row"] + len(block),
             "block": state["block"] + 1,
             "sources": [stream.state() for stream in self._streams],
         }
         self._states.append(self._next)
-        return [block[place] for place in self._mixture.order(state["block"], rows)]
+        return state["row"], [block[place] for place in self._mixture.order(state["block"], len(block))]

@@ -2,8 +2,10 @@
 
 import re
 
+from transformers import TrainerCallback
+
 from ..trainer import SAMTrainer
-from .checkpoints import DataPosition
+from .checkpoints import CheckpointRecord
 from .data import TrainingData
 from .loss import ZLoss
 from .stream import PackedStream
@@ -28,7 +30,8 @@ class PretrainingTrainer(SAMTrainer):
             args.dataloader_num_workers = 0
         self._resumed_from: str | None = None
         super().__init__(model=model, args=args, train_dataset=data.dataset, **kwargs)
-        self.add_callback(DataPosition(lambda: data.position(self.state.global_step)))
+        self.add_callback(CheckpointRecord(args.world_size, lambda: data.position(self.state.global_step)))
+        self.add_callback(_ScheduleCheck())
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._resumed_from = resume_from_checkpoint if self._streams else None
@@ -53,3 +56,24 @@ class PretrainingTrainer(SAMTrainer):
                     f"no_weight_decay={pattern!r} matches no parameter of {type(model).__name__}, such as {names[0]!r}."
                 )
         return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+
+
+class _ScheduleCheck(TrainerCallback):
+    """Tells what the host passes over in silence: a checkpoint without the optimizer and the schedule of its step."""
+
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        if not state.global_step or lr_scheduler is None:
+            return
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
+        step = getattr(schedule, "last_epoch", state.global_step)
+        if step != state.global_step:
+            raise ValueError(
+                f"The checkpoint holds no optimizer and schedule of its step {state.global_step} that this run can "
+                "read: it was saved with save_only_model, or by another strategy (DeepSpeed, FSDP) than this one."
+            )
+        rates = getattr(schedule, "base_lrs", None)
+        if args.anneal_from is not None and rates and abs(rates[0] - args.learning_rate) > 1e-6 * args.learning_rate:
+            raise ValueError(
+                f"The checkpoint in anneal_from was trained at a learning rate of {rates[0]:g}, from which it goes on; "
+                f"learning_rate={args.learning_rate:g} has no effect. Set it to that."
+            )

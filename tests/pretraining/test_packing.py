@@ -132,6 +132,16 @@ def test_shares_of_a_mixture_are_those_asked_for_and_no_row_comes_twice_in_a_pas
         assert sources != sorted(sources)
 
 
+def test_no_row_comes_twice_where_shares_do_not_divide_blocks():
+    """A third of blocks of 16 rows is 5 or 6 rows, and the same in all of them."""
+    rows = mixed([part(0, 500), part(1, 1100)], weights=[1, 2], rows=1600)
+    assert len({tuple(rows[i]["input_ids"].tolist()) for i in range(1600)}) == 1600
+    with pytest.raises(ValueError, match="passes"):
+        mixed([part(0, 500), part(1, 1099)], weights=[1, 2], rows=1600)
+    with pytest.raises(ValueError, match="passes"):
+        mixed([part(0, 100)], rows=101)
+
+
 def test_the_order_does_not_depend_on_where_it_is_entered_or_how_long_it_is():
     parts = [part(0, 100), part(1, 300)]
     whole = mixed(parts, [1, 3], rows=200)

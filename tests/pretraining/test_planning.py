@@ -9,9 +9,9 @@ from hf_sam.pretraining import Plan, measure_model
 from hf_sam.pretraining.planning import flops, memory
 
 
-def wider(tied=False):
+def wider(dtype=torch.float32, tied=False):
     torch.manual_seed(0)
-    return LlamaForCausalLM(
+    return LlamaForCausalLM._from_config(
         LlamaConfig(
             vocab_size=500,
             hidden_size=64,
@@ -20,7 +20,8 @@ def wider(tied=False):
             num_attention_heads=4,
             num_key_value_heads=4,
             tie_word_embeddings=tied,
-        )
+        ),
+        dtype=dtype,
     )
 
 
@@ -52,8 +53,8 @@ def test_checkpointing_keeps_less_and_bf16_too():
 
 def test_weights_are_counted_once_and_untied_embeddings_take_no_arithmetic():
     for tied in (False, True):
-        size = measure_model(lambda tied=tied: wider(tied), 1, 8, bf16=False)
-        model = wider(tied)
+        size = measure_model(lambda dtype, tied=tied: wider(dtype, tied), 1, 8, bf16=False)
+        model = wider(tied=tied)
         assert size.parameters == sum(param.numel() for param in model.parameters())
         linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         norms = sum(param.numel() for name, param in model.named_parameters() if "norm" in name)
@@ -70,7 +71,7 @@ def test_sam_adds_a_copy_of_the_weights_but_under_zero():
 
 
 def test_states_are_shared_out_as_each_strategy_does():
-    """Bytes a weight: 16 under DDP; all of them divided under FSDP2; the masters and moments under ZeRO."""
+    """Bytes a weight: 16 on one device; divided under FSDP2, but for the gradients; masters and moments under ZeRO."""
     size = measure_model(wider, 1, 8)
     states = {
         strategy: sum(
@@ -78,9 +79,9 @@ def test_states_are_shared_out_as_each_strategy_does():
         )
         for strategy in ("ddp", "fsdp2", "zero2", "zero3")
     }
-    gathered = 4 * size.largest_layer
-    assert states["ddp"] == 16 * size.parameters
-    assert states["fsdp2"] == pytest.approx(16 * size.parameters / 4 + gathered, abs=4)
+    gathered = 4 * size.largest_unit
+    assert states["ddp"] == (16 + 4) * size.parameters  # and the buckets
+    assert states["fsdp2"] == pytest.approx((16 / 4 + 2) * size.parameters + gathered, abs=4)
     assert states["zero2"] == pytest.approx((2 + 14 / 4) * size.parameters, abs=4)
     assert states["zero3"] == pytest.approx(16 * size.parameters / 4 + gathered, abs=4)
 

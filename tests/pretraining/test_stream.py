@@ -1,8 +1,8 @@
 """A stream goes on where it was, to the token, whoever tokenizes and however far it had read ahead."""
 
-import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from toy_pretraining import ids_of, read_documents, tokens_of, write_documents
@@ -29,24 +29,31 @@ def ids(rows) -> list[list[int]]:
     return [row["input_ids"].tolist() for row in rows]
 
 
-def test_a_pass_holds_every_token_of_every_file_once(corpus):
-    texts = read_documents(corpus)
-    tokenized = [tokens_of(file, tokenizer()) for file in texts]
-    total = sum(map(len, tokenized))
-    source = token_stream(corpus)
+def test_a_pass_holds_every_document_once_in_another_order_each_time(corpus):
+    texts = [text for file in read_documents(corpus) for text in file]
+    documents = sorted(tokens_of([text], tokenizer()) for text in texts if text)
+    total = sum(map(len, documents))
+    source, orders = token_stream(corpus), []
     for _ in range(3):
         tokens, starts = source.take(total)
-        documents = sum(bool(text) for file in texts for text in file)
-        assert starts.sum() == documents
-        # File by file, in whichever order.
-        orders = [
-            order
-            for order in itertools.permutations(range(len(texts)))
-            if [token for file in order for token in tokenized[file]] == tokens.tolist()
-        ]
-        assert len(orders) == 1
-    with pytest.raises(ValueError, match=r"ended after 3 passes.*Lower train_tokens.*num_train_epochs"):
-        source.take(1)
+        found = [part.tolist() for part in np.split(tokens, np.flatnonzero(starts)[1:])]
+        assert sorted(found) == documents
+        orders.append(found)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    # There is no more.
+    assert len(source.take(5)[0]) == 0
+    assert "ended after 3 passes" in str(source.ended())
+
+
+def test_files_are_read_side_by_side(tmp_path):
+    """More of them than are open at once; each has one word of its own."""
+    for number in range(12):
+        lines = [json.dumps({"text": f"w{number} w{number}"})] * 200
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    source = TokenStream(Source(str(tmp_path / "*.jsonl")), tokenizer(), seed=1)
+    tokens, _ = source.take(12 * 600)
+    assert len({*tokens[: 8 * 64 * 3].tolist()}) == 9  # of eight files, and the end of text
+    assert len({*tokens.tolist()}) == 13
 
 
 @pytest.mark.parametrize("taken", [0, 1, 17, 3000, 5000])
@@ -64,13 +71,13 @@ def test_tokens_go_on_where_the_state_was_taken(corpus, taken):
 
 
 def test_rows_hold_the_tokens_of_the_stream_and_are_shuffled_inside_of_blocks(corpus):
-    rows = ids(stream(corpus))
-    tokens = token_stream(corpus).take(300 * 16)[0].tolist()
-    plain = [tokens[16 * i : 16 * i + 16] for i in range(300)]
-    for block in range(0, 300, 32):
+    rows = ids(stream(corpus, rows=288))
+    tokens = token_stream(corpus).take(288 * 16)[0].tolist()
+    plain = [tokens[16 * i : 16 * i + 16] for i in range(288)]
+    for block in range(0, 288, 32):
         assert sorted(rows[block : block + 32]) == sorted(plain[block : block + 32])
     assert rows != plain
-    assert ids(stream(corpus, block=1)) == plain
+    assert ids(stream(corpus, rows=288, block=1)) == plain
 
 
 def test_the_same_for_one_and_two_workers(corpus):
@@ -102,14 +109,30 @@ def test_rows_go_on_where_the_run_was_however_far_it_had_read(corpus, consumed, 
     assert ids(last) == whole[later:]
 
 
-def test_a_longer_stream_goes_on_behind_a_shorter_one(corpus):
-    short = stream(corpus, rows=100)
-    first = ids(short)
-    longer = stream(corpus, rows=300)
-    longer.load_state(short.state(100))
-    rest = ids(longer)
-    tokens = token_stream(corpus).take(300 * 16)[0].tolist()
-    assert sorted(first + rest) == sorted(tokens[16 * i : 16 * i + 16] for i in range(300))
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 3.0)])
+def test_a_longer_stream_goes_on_behind_a_shorter_one_also_from_the_middle_of_its_last_block(corpus, weights):
+    whole = ids(stream(corpus, rows=300, weights=weights))
+    short = stream(corpus, rows=110, weights=weights)
+    assert ids(short) == whole[:110]
+    for row in (104, 110):
+        short = stream(corpus, rows=110, weights=weights)
+        reader = iter(short)
+        for _ in range(row):
+            next(reader)
+        longer = stream(corpus, rows=300, weights=weights)
+        longer.load_state(short.state(row))
+        assert ids(longer) == whole[row:]
+
+
+def test_all_rows_of_the_data_can_be_had_and_no_more(tmp_path):
+    spec = write_documents(tmp_path / "data", files=1, documents=50)
+    full = len(tokens_of(read_documents(spec)[0], tokenizer())) // 16
+    make = lambda rows: PackedStream(  # noqa: E731
+        [TokenStream(Source(spec), tokenizer())], Mixture([1.0], 32, seed=1), length=16, rows=rows
+    )
+    assert len(ids(make(full))) == full
+    with pytest.raises(ValueError, match=r"ended after 1 pass, before the token budget.*num_train_epochs"):
+        ids(make(full + 1))
 
 
 def test_shares_of_a_mixture_are_those_asked_for(tmp_path):

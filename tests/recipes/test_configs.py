@@ -79,7 +79,9 @@ def test_fine_tuning(file):
     assert not args.trust_remote_code
     if args.chat_template_path:
         assert Path(args.chat_template_path).is_file()
+    assert args.packing == (file.stem not in ("tulu3", "hh_chosen", "sam"))
     if file.stem in ("base", "metamath"):
+        assert args.max_length == 2048
         assert sweep.learning_rates == [2e-5, 3e-5, 4e-5, 5e-5, 6e-5, 8e-5, 1e-4, 1.5e-4, 2e-4]
         assert (data.train_tokens, sweep.global_batch_size, args.weight_decay) == ("50M", 64, 0.0)
         assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
@@ -117,14 +119,20 @@ def test_presets(file, devices, tmp_path):
     experiment = reproduce.Experiment(reproduce.read_preset(file.stem), tmp_path, devices)
     stages = experiment.stages()
     Stages(stages, tmp_path)  # all that they need is there
+    checkpoint = tmp_path / "checkpoint-1000"
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 1000}')
     for stage in stages:
         path = tmp_path / f"{stage.name.replace('/', '-')}.yaml"
         path.write_text(yaml.safe_dump(stage.settings))
         kind = stage.name.split("/")[0]
         if kind in ("pretrain", "anneal"):
-            settings = {key: value for key, value in stage.settings.items() if key != "train_tokens"}
-            path.write_text(yaml.safe_dump({**settings, "train_tokens": "4B"}))
-            parse(olmo_mid_sam, "--config", path)
+            late = {}
+            if kind == "anneal" and experiment.runs("pretrain"):
+                late["anneal_from"] = str(checkpoint)
+            path.write_text(yaml.safe_dump({**stage.settings, **late}))
+            args = parse(olmo_mid_sam, "--config", path)[2]
+            assert (args.anneal_steps is not None) == bool(late)
         elif kind == "sft":
             parse(metamath_sft, "--config", path)
         elif kind in ("evaluate", "report"):
@@ -160,6 +168,7 @@ def test_a_file_extends_another_and_flags_win(tmp_path):
         ("extends: own.yaml\n", "extends itself"),
         ("- a\n", "must hold a mapping"),
         ("a: [\n", "cannot be read"),
+        ("sam_phase: annealing\n", "sam_phase: 'annealing' is none of all, anneal"),
         ("dataset_weights: [a, b]\n", r"dataset_weights: \['a', 'b'\] is no list of values"),
     ],
 )

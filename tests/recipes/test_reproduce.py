@@ -47,11 +47,16 @@ def start(preset, output):
     )
 
 
-def test_killed_in_the_middle_and_given_again_it_ends_in_one_report(preset, tmp_path):
-    output = tmp_path / "run"
+@pytest.mark.slow
+def test_killed_in_the_middle_and_given_again_it_ends_in_the_same_report(preset, tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    driver = start(preset, whole)
+    said, _ = driver.communicate(timeout=400)
+    assert driver.returncode == 0, said[-3000:]
+
     driver = start(preset, output)
     deadline = time.monotonic() + 200
-    while not list(output.glob("anneal/*/checkpoint-*")):
+    while not list(output.glob("anneal/*/checkpoint-14")):
         assert driver.poll() is None, driver.communicate()[0][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -64,7 +69,9 @@ def test_killed_in_the_middle_and_given_again_it_ends_in_one_report(preset, tmp_
     assert " of 9 stages are done already." in said
     assert "started data" not in said
     assert "[9/9] report" in said
-    summary = json.loads((output / "evaluation" / "summary.json").read_text())
+
+    summary, unbroken = (json.loads((folder / "evaluation" / "summary.json").read_text()) for folder in (output, whole))
+    assert summary == unbroken
     assert set(summary["runs"]) == {"adamw", "sam"}
     for run in summary["runs"].values():
         assert [row["model"] for row in run["sweep"]] == ["lr-0.0004", "lr-0.004"]
@@ -75,35 +82,15 @@ def test_killed_in_the_middle_and_given_again_it_ends_in_one_report(preset, tmp_
     # Each way to anneal went on from the last checkpoint of the one pretraining.
     for name in ("adamw", "sam"):
         state = json.loads((output / "anneal" / name / "checkpoint-18" / "trainer_state.json").read_text())
-        steps = [entry["step"] for entry in state["log_history"] if "learning_rate" in entry]
         assert state["global_step"] == 18
-        assert state["stateful_callbacks"]["DataPosition"]["attributes"]["row"] == 18 * 16
-        assert steps == [] or min(steps) > 0
-
-
-@pytest.mark.slow
-def test_killed_or_not_the_summary_is_the_same(preset, tmp_path):
-    outputs = [tmp_path / "whole", tmp_path / "killed"]
-    for output, kill in zip(outputs, (False, True), strict=True):
-        driver = start(preset, output)
-        while kill and driver.poll() is None:
-            if list(output.glob("anneal/*/checkpoint-14")):
-                subprocess.run(["pkill", "-9", "-f", str(output)])
-                driver.communicate()
-                driver = start(preset, output)
-                break
-            time.sleep(0.02)
-        said, _ = driver.communicate(timeout=500)
-        assert driver.returncode == 0, said[-3000:]
-    summaries = [json.loads((output / "evaluation" / "summary.json").read_text()) for output in outputs]
-    assert summaries[0] == summaries[1]
+        assert state["stateful_callbacks"]["CheckpointRecord"]["attributes"]["data"]["row"] == 18 * 16
 
 
 @pytest.mark.parametrize(
     ("name", "parameters", "tokens"),
     [
         ("toy", "139,", "3,276,800 tokens"),
-        ("20m", "21,", "4,000,055,296 tokens"),
+        ("20m", "59,773,184", "4,000,055,296 tokens"),
         ("olmo2-1b", "1,484,916,736", "50,000,297,984"),
     ],
 )

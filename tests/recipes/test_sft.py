@@ -30,6 +30,7 @@ def config(shelf_of_recipes, tmp_path_factory):
                 "learning_rates": ["2e-3"],
                 "sam_rho": 0.05,
                 "save_steps": 2,
+                "keep_checkpoints": True,
                 "logging_steps": 1,
                 "gradient_checkpointing": False,
                 "bf16": False,
@@ -77,6 +78,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(launch, config, finish
     killed = run(launch, config, tmp_path, ranks=ranks, strategy=strategy, kill_at=run_of_sweep / "checkpoint-4")
     assert -9 in killed.status, killed.output[0][-2000:]
     assert not (run_of_sweep / "training_done.json").exists()
+    written = (run_of_sweep / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
     again = run(launch, config, tmp_path, ranks=ranks, strategy=strategy)
     assert again.status == [0] * ranks, again.output[0][-3000:]
     whole = finished(strategy, ranks) / "lr-0.002"
@@ -84,21 +86,27 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(launch, config, finish
     # As on one process: gradients are summed in another order.
     assert difference(weights(finished("single", 1) / "lr-0.002"), weights(whole)) < 2e-5
     assert json.loads((run_of_sweep / "training_done.json").read_text())["steps"] == STEPS
+    # It did go on, and not begin again: it would have written the first checkpoint anew.
+    assert (run_of_sweep / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == written
+    assert again.output[0].count("'loss'") == STEPS - 2
 
 
-def test_a_sweep_makes_one_model_a_rate_and_goes_on_with_those_that_are_missing(launch, config, finished, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_a_sweep_makes_one_model_a_rate_and_goes_on_with_those_that_are_missing(
+    launch, config, finished, tmp_path, strategy
+):
     """Two rates on two processes, the second run killed: the first is left alone."""
     flags = ["--learning_rates", "2e-3", "5e-3"]
     killed = run(
-        launch, config, tmp_path, *flags, ranks=2, strategy="ddp", kill_at=tmp_path / "lr-0.005" / "checkpoint-2"
+        launch, config, tmp_path, *flags, ranks=2, strategy=strategy, kill_at=tmp_path / "lr-0.005" / "checkpoint-2"
     )
     assert -9 in killed.status
     first = (tmp_path / "lr-0.002" / "model.safetensors").stat().st_mtime_ns
-    again = run(launch, config, tmp_path, *flags, ranks=2, strategy="ddp")
+    again = run(launch, config, tmp_path, *flags, ranks=2, strategy=strategy)
     assert again.status == [0, 0], again.output[0][-3000:]
     assert (tmp_path / "lr-0.002" / "model.safetensors").stat().st_mtime_ns == first
     # Runs of a sweep do not see one another.
-    assert difference(weights(finished("ddp", 2) / "lr-0.002"), weights(tmp_path / "lr-0.002")) == 0
+    assert difference(weights(finished(strategy, 2) / "lr-0.002"), weights(tmp_path / "lr-0.002")) == 0
     assert difference(weights(tmp_path / "lr-0.005"), weights(tmp_path / "lr-0.002")) > 1e-3
 
 
@@ -114,6 +122,27 @@ def test_sam_adapters_rehearsal_and_a_budget_together(launch, config, shelf_of_r
     state = json.loads((folder / f"checkpoint-{done['steps']}" / "trainer_state.json").read_text())
     assert any(entry.get("sam/sharpness") for entry in state["log_history"])
     assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 16
+
+
+def test_other_settings_of_what_is_there_are_refused(launch, config, finished):
+    folder = finished("single", 1)
+    for flags, message in (
+        (["--dataset_format", "text", "--content_column", "prompt"], "dataset_format 'prompt_completion' -> 'text'"),
+        (["--use_peft", "true"], "use_peft False -> True"),
+        (["--max_length", "20"], "max_length 24 -> 20"),
+    ):
+        ended = run(launch, config, folder, *flags)
+        assert ended.status == [1]
+        assert message in ended.output[0], ended.output[0][-2000:]
+    assert run(launch, config, folder).status == [0]
+
+
+def test_only_the_model_is_kept_unless_asked_for_more(launch, config, tmp_path):
+    flags = ["--keep_checkpoints", "false", "--packing", "true", "--packing_strategy", "wrapped"]
+    ended = run(launch, config, tmp_path, *flags)
+    assert ended.status == [0], ended.output[0][-3000:]
+    assert not list((tmp_path / "lr-0.002").glob("checkpoint-*"))
+    assert (tmp_path / "lr-0.002" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

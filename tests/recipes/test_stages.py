@@ -77,6 +77,26 @@ def test_what_fails_is_told_and_leaves_the_others_running(tmp_path):
     assert [note[0] for note in notes(tmp_path)] == ["good", "later", "bad", "after"]
 
 
+def test_what_needs_a_stage_that_is_run_again_is_run_again(tmp_path):
+    needs = {"base": [], "sft": ["base"], "other": [], "end": ["sft"]}
+    stages = [stage(tmp_path, name, *wanted) for name, wanted in needs.items()]
+    run(tmp_path, stages)
+    Stages(stages, tmp_path / "work").mark(stages[0]).unlink()
+    assert run(tmp_path, stages)[0]
+    assert [note[0] for note in notes(tmp_path)][4:] == ["base", "sft", "end"]
+
+
+def test_a_stage_whose_command_cannot_be_made_leaves_the_others_running(tmp_path):
+    def command():
+        raise ValueError("there is no checkpoint")
+
+    stages = [Stage("bad", command, {}), stage(tmp_path, "good")]
+    done, said = run(tmp_path, stages)
+    assert not done
+    assert [note[0] for note in notes(tmp_path)] == ["good"]
+    assert "bad cannot be started: there is no checkpoint" in said
+
+
 def test_other_settings_of_what_is_done_are_refused(tmp_path):
     run(tmp_path, [stage(tmp_path, "a", settings={"rho": 0.05, "seed": 1})])
     with pytest.raises(ValueError, match=r"'a' was run with other settings \(rho\).*--output_dir"):
