@@ -1,5 +1,7 @@
 """Every YAML file under recipes/ is read by the parser that will read it, and says what its comments say."""
 
+import re
+import shlex
 from pathlib import Path
 
 import metamath_sft
@@ -194,3 +196,37 @@ def test_lists_of_one_flag_are_lists(tmp_path):
     assert isinstance(parser, RecipeParser)
     args = parser.parse(["--config", str(tmp_path / "own.yaml"), "--max_steps", "1", "--dry_run"])[2]
     assert args.no_weight_decay == ["embed_tokens"]
+
+
+ROOT = CONFIGS.parents[1]
+SHOWN = [
+    (page.name, recipe, flags)
+    for page in (ROOT / "README.md", ROOT / "recipes" / "README.md")
+    for recipe, flags in re.findall(r"recipes/(\w+)\.py (--[^`\n]*)", page.read_text())
+]
+
+
+@pytest.mark.parametrize(("page", "recipe", "flags"), SHOWN)
+def test_commands_that_are_shown_are_understood(page, recipe, flags, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = shlex.split(flags)
+    if "..." in argv:
+        return
+    if recipe == "quantize_eval":
+        assert len(quantize_eval.QuantizeEvalParser().parse(argv)["runs"]) == 2
+    elif recipe == "reproduce":
+        preset = reproduce.read_preset(argv[argv.index("--preset") + 1])
+        assert reproduce.Experiment(preset, Path("outputs"), 8).stages()
+    else:
+        parse({"olmo_mid_sam": olmo_mid_sam, "metamath_sft": metamath_sft}[recipe], *argv)
+
+
+def test_many_commands_are_shown():
+    assert len(SHOWN) >= 14
+    assert {recipe for _, recipe, _ in SHOWN} == {"olmo_mid_sam", "metamath_sft", "quantize_eval", "reproduce"}
+
+
+def test_linked_files_of_the_tour_exist():
+    page = (ROOT / "recipes" / "README.md").read_text()
+    for path in re.findall(r"\]\((?!http)([^)#]+)", page):
+        assert (ROOT / "recipes" / path).exists(), path

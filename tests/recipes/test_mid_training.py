@@ -1,7 +1,10 @@
 """`olmo_mid_sam.py` from beginning to end: on one and two processes, killed and resumed, against a loop by hand."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -285,3 +288,24 @@ def test_text_that_changed_on_the_disk_is_refused(launch, config, shelf_of_recip
     ended = run(launch, config, tmp_path / "run", *flags)
     assert ended.status == [1]
     assert "were made with other data, tokenizer, sequence_length or seed" in ended.output[0]
+
+
+@pytest.mark.slow
+def test_the_launcher_reads_the_accelerate_configs(config, tmp_path):
+    """`accelerate launch --config_file`, on the CPU: DDP, ZeRO-2 and ZeRO-3 log the same losses."""
+    configs = Path(__file__).parents[2] / "recipes" / "configs" / "accelerate"
+    ways = {"ddp": ["--cpu", "--num_machines", "1"]}
+    ways |= {name: ["--config_file", str(configs / f"{name}.yaml")] for name in ("zero2", "zero3")}
+    recipe = str(configs.parents[1] / "olmo_mid_sam.py")
+    losses = {}
+    for name, flags in ways.items():
+        launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *flags]
+        launcher += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+        argv = ["--config", config, "--streaming", "true", "--output_dir", str(tmp_path / name)]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launcher, recipe, *argv], capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses[name] = [loss for _, loss, _ in logged(tmp_path / name)]
+    assert len(losses["ddp"]) == STEPS
+    for name in ("zero2", "zero3"):
+        assert losses[name] == pytest.approx(losses["ddp"], abs=1e-4)
