@@ -71,6 +71,13 @@ def data_files(place: str) -> list[str]:
     return sorted(path for path in glob.glob(place, recursive=True) if os.path.isfile(path)) if "*" in place else []
 
 
+def is_data(path: Path) -> bool:
+    """Whether a file in a folder is data, and not what `datasets` keeps beside it."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
+    known = suffixes and suffixes[-1] in {*_KINDS, ".arrow"}
+    return bool(known) and not path.name.startswith((".", "cache-", "tmp", "dataset_info", "dataset_dict", "state."))
+
+
 def _files(files: list[str], place: str) -> tuple[str, dict]:
     kinds = set()
     for file in files:

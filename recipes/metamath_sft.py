@@ -8,10 +8,12 @@ on. A sweep that was interrupted goes on when the same command is given again. W
 is sharpness-aware; with `--use_peft` it trains adapters.
 """
 
+import functools
 import gc
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_sam import SAMSFTConfig, SAMSFTTrainer
-from hf_sam.evaluation.sources import find_model
-from hf_sam.pretraining import Plan, accumulation_for, last_complete, measure_model, parse_tokens
+from hf_sam.evaluation.sources import ModelSource, find_model
+from hf_sam.pretraining import Plan, Source, accumulation_for, last_complete, measure_model, parse_tokens
 from hf_sam.pretraining.checkpoints import CheckpointRecord, decisive_settings, is_done, mark_done, record
 from hf_sam.resources import check_disk
 
@@ -74,15 +76,13 @@ def main(argv: list[str] | None = None) -> int:
     revision = model_args.model_revision
     at = f"@{revision}" if revision not in (None, "main") and not os.path.isdir(name) else ""
     source = find_model(f"{name}{at}")
-    runs = []
-    for rate in rates:
-        run = _run_arguments(argv, args, sweep, rate)
-        settings = _settings(run, data, model_args, source.fingerprint)
-        if not is_done(run, settings):
-            runs.append((run, settings))
-    if runs:
-        _check_space(args, str(source.folder), len(runs))
-        _train_all(runs, data, str(source.folder), model_args, sweep.keep_checkpoints)
+    # Arguments are made anew for each run when its turn comes: the host keeps what the last ones ask for.
+    make = functools.partial(_run_arguments, argv, args, sweep)
+    missing = [rate for rate in rates if not is_done(run := make(rate), _settings(run, data, model_args, source))]
+    if missing:
+        if not model_args.use_peft:
+            _check_space(args, str(source.folder), len(missing))
+        _train_all(missing, make, data, source, model_args, sweep.keep_checkpoints)
     if args.process_index == 0:
         print(f"The models are in {args.output_dir}.")
     return 0
@@ -99,16 +99,23 @@ def _run_arguments(argv: list[str], args: SAMSFTConfig, sweep: SweepArguments, r
     return make_parser().parse([*argv, *changed])[2]
 
 
-def _settings(args: SAMSFTConfig, data: SFTDataArguments, model_args: ModelConfig, weights: str) -> dict:
+def _settings(args: SAMSFTConfig, data: SFTDataArguments, model_args: ModelConfig, source: ModelSource) -> dict:
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     sequences = args.per_device_train_batch_size * devices * args.gradient_accumulation_steps
-    return decisive_settings(args, data, model_args, sequences=sequences, weights=weights)
+    files = [Source(spec).files() for spec in (data.dataset, data.rehearsal_data) if spec]
+    return decisive_settings(args, data, model_args, sequences=sequences, weights=source.fingerprint, files=files)
 
 
 def _train_all(
-    runs: list[tuple[SAMSFTConfig, dict]], data: SFTDataArguments, folder: str, model_args: ModelConfig, keep: bool
+    rates: list[float],
+    make: Callable[[float], SAMSFTConfig],
+    data: SFTDataArguments,
+    source: ModelSource,
+    model_args: ModelConfig,
+    keep: bool,
 ) -> None:
-    first = runs[0][0]
+    first = make(rates[0])
+    folder = str(source.folder)
     if first.n_gpu > 1:
         raise ValueError(
             f"One process has {first.n_gpu} GPUs. Start one process for each (accelerate launch SCRIPT ...), or show "
@@ -128,13 +135,17 @@ def _train_all(
         examples, held_out = load_examples(data, first.data_seed or 0)
         if data.train_tokens is not None:
             workers = first.dataset_num_proc
-            examples, _ = up_to(examples, parse_tokens(data.train_tokens), tokenizer, first.max_length, workers)
+            # What is packed end to end is not cut.
+            longest = None if first.packing and first.packing_strategy == "wrapped" else first.max_length
+            examples, _ = up_to(examples, parse_tokens(data.train_tokens), tokenizer, longest, workers)
         if data.rehearsal_share > 0:
             examples = rehearsed(examples, data, first.data_seed or 0)
     if first.process_index == 0 and len(held_out):
         Path(first.output_dir).parent.mkdir(parents=True, exist_ok=True)
         held_out.to_json(Path(first.output_dir).parent / "held_out.jsonl")
-    for args, settings in runs:
+    for rate in rates:
+        args = make(rate)
+        settings = _settings(args, data, model_args, source)
         _train(args, settings, examples, tokenizer, folder, model_args)
         if not keep and args.process_index == 0:
             for checkpoint in Path(args.output_dir).glob("checkpoint-*"):

@@ -90,7 +90,7 @@ def load_examples(data: SFTDataArguments, seed: int) -> tuple[datasets.Dataset, 
     """
     data.check()
     try:
-        rows = _rows(data.dataset, data.dataset_split, data.stream_examples, seed)
+        rows = _rows(data.dataset, data.dataset_split, data.columns, data.stream_examples, seed)
         missing = [name for name in data.columns if name not in rows.column_names]
         if missing:
             raise ValueError(
@@ -108,12 +108,15 @@ def load_examples(data: SFTDataArguments, seed: int) -> tuple[datasets.Dataset, 
     return examples.select(range(data.held_out_examples, len(examples))), held_out
 
 
-def _rows(place: str, split: str | None, count: int | None, seed: int) -> datasets.Dataset:
+def _rows(place: str, split: str | None, columns: list[str], count: int | None, seed: int) -> datasets.Dataset:
     """All rows of a dataset, or some of a stream of it, shuffled as far as a stream can be."""
     if count is None:
         return open_split(place, split, preferred=("train",))
-    stream = open_split(place, split, streaming=True, preferred=("train",)).shuffle(seed=seed, buffer_size=10_000)
-    return datasets.Dataset.from_list(list(stream.take(count)))
+    stream = open_split(place, split, streaming=True, preferred=("train",))
+    if set(columns) <= set(next(iter(stream), {})):
+        # Others may hold what does not fit into one table.
+        stream = stream.select_columns(columns)
+    return datasets.Dataset.from_list(list(stream.shuffle(seed=seed, buffer_size=10_000).take(count)))
 
 
 def write_down(row: dict, data: SFTDataArguments) -> dict:
@@ -198,7 +201,7 @@ def rehearsed(examples: datasets.Dataset, data: SFTDataArguments, seed: int) -> 
     share = data.rehearsal_share
     # Of the hub's, no more than are needed.
     count = None if os.path.exists(data.rehearsal_data) else round(len(examples) * share / (1 - share))
-    old = _rows(data.rehearsal_data, None, count, seed)
+    old = _rows(data.rehearsal_data, None, [data.rehearsal_column], count, seed)
     if data.rehearsal_column not in old.column_names:
         raise ValueError(
             f"The old text {data.rehearsal_data!r} has no column {data.rehearsal_column!r}, but "

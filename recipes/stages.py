@@ -15,6 +15,9 @@ from pathlib import Path
 
 from hf_sam.resources import write_json
 
+# Tells to which stage a process belongs; launchers start theirs in sessions of their own, without open files.
+_STAGE = "HF_SAM_STAGE"
+
 # Lines of a log that are shown when its stage fails.
 _TAIL = 25
 
@@ -122,12 +125,14 @@ class Stages:
     def _alone(self):
         """Nobody else works in the folder: neither another driver nor a stage whose driver was killed.
 
-        Stages inherit the lock, which lasts as long as any of them.
+        Stages inherit the lock, and what a launcher starts is known by its environment.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if processes_of(str(self.folder.resolve())):
+                    raise BlockingIOError
             except BlockingIOError:
                 raise ValueError(
                     f"Another run, or a stage that it left behind, is still at work in {self.folder}. Wait until it "
@@ -173,7 +178,7 @@ class Stages:
     def _start(self, stage: Stage, command: list[str], slots: list[int]) -> None:
         log = self.folder / "logs" / f"{stage.name.replace('/', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ}
+        environment = {**os.environ, _STAGE: f"{self.folder.resolve()}\n{stage.name}"}
         names = [self.devices[slot] for slot in slots]
         if all(names):
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
@@ -183,7 +188,7 @@ class Stages:
         with log.open("a", encoding="utf-8") as out:
             out.write(f"$ {' '.join(command)}\n")
             out.flush()
-            # A group of its own, so that what a launcher started ends with it.
+            # A group of its own, so that Ctrl-C reaches the driver first.
             process = subprocess.Popen(
                 command,
                 stdout=out,
@@ -205,6 +210,8 @@ class Stages:
 
     def _tell(self, name: str, status: int, ended: _Running, done: int) -> None:
         seconds = time.perf_counter() - ended.started
+        if status != 0:
+            self._kill(name)  # what a launcher that failed left behind
         if status == 0:
             stage = next(stage for stage in self.stages if stage.name == name)
             mark = {"run": uuid.uuid4().hex, "needs": self._runs_of(stage.needs)}
@@ -218,12 +225,32 @@ class Stages:
         for running in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running.process.pid, signal.SIGTERM)
-        for running in self._running.values():
-            try:
-                running.process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                os.killpg(running.process.pid, signal.SIGKILL)
+        for name, running in self._running.items():
+            # A launcher gives its own processes half a minute.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.process.wait(timeout=60)
+            self._kill(name)
+            running.process.wait()
         self._running.clear()
+
+    def _kill(self, name: str) -> None:
+        for process in processes_of(f"{self.folder.resolve()}\n{name}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def processes_of(stage: str) -> list[int]:
+    """Processes that carry the name of a stage, or one that begins so, in their environment, also in other sessions.
+
+    Found in /proc; where there is none, stages are ended by their process group alone.
+    """
+    wanted = f"{_STAGE}={stage}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if any(entry.startswith(wanted) for entry in path.read_bytes().split(b"\0")):
+                found.append(int(path.parent.name))
+    return [process for process in found if process != os.getpid()]
 
 
 def python(script: Path, config: Path, processes: int = 1, accelerate_config: str | None = None) -> list[str]:

@@ -1,5 +1,6 @@
 """Settings of pretraining, annealing and mid-training runs."""
 
+import hashlib
 import json
 import math
 import os
@@ -85,6 +86,10 @@ class PretrainingArguments(SAMTrainingArguments):
             )
         if self.num_train_epochs < 1 or self.num_train_epochs != int(self.num_train_epochs):
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be a whole number of passes.")
+        if self.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                "restore_callback_states_from_checkpoint would make anew what holds the place in the data. Drop it."
+            )
         # The data is in the order of training already.
         self.train_sampling_strategy = "sequential"
         if self.train_tokens is not None:
@@ -140,6 +145,13 @@ def checkpoint_step(folder: str | Path) -> int:
             "a folder checkpoint-N in anneal_from; to start from weights alone, name them in model_name_or_path."
         ) from error
     return int(step)
+
+
+def checkpoint_hash(folder: str | None) -> str | None:
+    """Hash of the log of the run that a checkpoint belongs to; None without one."""
+    if folder is None:
+        return None
+    return hashlib.sha256((Path(folder) / "trainer_state.json").read_bytes()).hexdigest()[:16]
 
 
 @dataclass

@@ -6,7 +6,6 @@ in the last file that the host writes of it, how many processes wrote it and whe
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..evaluation.processes import from_first
-from ..resources import write_json
+from ..resources import finite, write_json
 
 RECORD, DONE = "run_settings.json", "training_done.json"
 
@@ -22,7 +21,9 @@ RECORD, DONE = "run_settings.json", "training_done.json"
 _DECISIVE = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
     *("optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
-    *("seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),
+    *("seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "average_tokens_across_devices"),
+    *("dataloader_drop_last", "optim_target_modules"),
 )
 _NOT_DECISIVE = {"dataset_num_proc", "preprocessing_num_workers", "eval_packing", "sequences", "dry_run_gpus"}
 
@@ -41,7 +42,10 @@ def decisive_settings(args: TrainingArguments, *others, **facts) -> dict:
         for field in dataclasses.fields(one):
             if field.name not in host | _NOT_DECISIVE:
                 found[field.name] = getattr(one, field.name)
-    return json.loads(json.dumps(found | facts, default=str, sort_keys=True))
+    if args.sam_rho > 0 and (args.sam_ascent_sync == "local" or args.sam_ascent_micro_batches is not None):
+        # The ascent is then another one on other processes or micro-batches.
+        found |= {"world_size": args.world_size, "per_device_train_batch_size": args.per_device_train_batch_size}
+    return json.loads(json.dumps(finite(found | facts), default=str, sort_keys=True))
 
 
 def is_done(args: TrainingArguments, settings: dict) -> bool:
@@ -50,24 +54,33 @@ def is_done(args: TrainingArguments, settings: dict) -> bool:
     Raises:
         ValueError: if it holds checkpoints or the model of a run with other settings; the message says which.
     """
-    folder = Path(args.output_dir)
+    # The first process decides for all: only it wrote the record.
+    done, problem = from_first(_look(args.output_dir, settings) if args.process_index == 0 else None)
+    if problem:
+        raise ValueError(problem)
+    return done
+
+
+def _look(output_dir: str, settings: dict) -> tuple[bool, str | None]:
+    """Whether a folder holds the run, through to its end, and what is wrong with what it holds."""
+    folder = Path(output_dir)
     done = (folder / DONE).exists()
     if not done and not list(folder.glob("checkpoint-*")):
-        return False
+        return False, None
     before = _read(folder / RECORD)
     if before is None:
-        raise ValueError(f"output_dir={args.output_dir!r} holds checkpoints of another program. Choose another folder.")
+        return False, f"output_dir={output_dir!r} holds checkpoints of another program. Choose another folder."
     if before != settings:
         changed = [
             f"{name} {before.get(name)!r} -> {settings.get(name)!r}"
             for name in sorted(before.keys() | settings.keys())
             if before.get(name) != settings.get(name)
         ]
-        raise ValueError(
-            f"output_dir={args.output_dir!r} holds a run with other settings ({', '.join(changed)}). Choose another "
-            "folder, or remove that one."
+        return False, (
+            f"output_dir={output_dir!r} holds a run with other settings ({', '.join(changed)}). Choose another folder, "
+            "or remove that one."
         )
-    return done
+    return done, None
 
 
 def record(args: TrainingArguments, settings: dict) -> None:
@@ -94,6 +107,10 @@ class CheckpointRecord(TrainerCallback, ExportableState):
     def __init__(self, world_size: int, position: Callable[[], dict] | None = None):
         self._world_size, self._position = world_size, position
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The checkpoint that a run begins with may be from a trainer without this callback.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
     def state(self) -> dict:
         """What the host writes."""
         data = self._position() if self._position is not None else None
@@ -112,7 +129,8 @@ def read_record(checkpoint: str | Path) -> dict | None:
 def last_complete(output_dir: str | Path) -> str | None:
     """The newest checkpoint in a folder that was written to its end, or None; the same on all processes.
 
-    A checkpoint that was interrupted lacks its last file, or that of a process.
+    A checkpoint that was interrupted lacks its last file, or that of a process. The files of all processes are looked
+    for, so checkpoints must be on a disk that all nodes share.
     """
     steps = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
@@ -127,11 +145,8 @@ def _is_complete(folder: Path) -> bool:
     if record is None:
         return False
     world = record["world_size"]
-    if world == 1:
-        return (folder / "rng_state.pth").exists()
-    # Nodes that share no disk have the files of their own processes only.
-    here = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    return all((folder / f"rng_state_{rank}.pth").exists() for rank in range(here))
+    names = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
+    return all((folder / name).exists() for name in names)
 
 
 def _read(path: Path) -> dict | None:

@@ -66,7 +66,7 @@ def training_data(
     data.check()
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-text token (eos_token), which stands between documents.")
-    fingerprint = _fingerprint(data, args, tokenizer)
+    fingerprint = data_fingerprint(data, args, tokenizer)
     if now is not None and now["fingerprint"] != fingerprint:
         raise ValueError(
             f"The checkpoints in {args.output_dir!r} were made with other data, tokenizer, sequence_length or seed, so "
@@ -132,7 +132,8 @@ def _check_bound(sources: list[Source], mixture: Mixture, tokens: int, passes: i
             )
 
 
-def _fingerprint(data: DataArguments, args: PretrainingArguments, tokenizer) -> str:
+def data_fingerprint(data: DataArguments, args: PretrainingArguments, tokenizer) -> str:
+    """Hash of all that the order of rows depends on: files by name and size, tokenizer, settings."""
     content = [
         *(data.datasets, data.dataset_weights, data.dataset_split, data.text_column, data.streaming, data.block_rows),
         *(args.sequence_length, args.seed),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..named_data import data_files, named, open_split
+from ..evaluation.requirements import need
+from ..named_data import data_files, is_data, named, open_split
 
 # Documents that a worker tokenizes at once, and files that are read at once.
 _BATCH = 64
@@ -43,6 +44,7 @@ class Source:
         Raises:
             ValueError: if there is no such data, split or column, or no text in it; the message names what there is.
         """
+        need("datasets", "Training data")
         place = named(self.spec)[1]
         try:
             dataset = open_split(place, self.split, streaming=streaming, preferred=("train",))
@@ -64,7 +66,7 @@ class Source:
         place = named(self.spec)[1]
         paths = data_files(place)
         if os.path.isdir(place):
-            paths = sorted(str(path) for path in Path(place).rglob("*") if path.is_file())
+            paths = sorted(str(path) for path in Path(place).rglob("*") if path.is_file() and is_data(path))
         return [(os.path.basename(path), os.path.getsize(path)) for path in paths]
 
     def most_tokens(self) -> int | None:

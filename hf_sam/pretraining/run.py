@@ -12,9 +12,9 @@ from transformers.trainer_pt_utils import get_model_param_count
 from ..evaluation.sources import ModelSource, find_model
 from ..resources import check_disk
 from ..schedule import SAMWindow, ascent_count
-from .arguments import DataArguments, ModelArguments, PretrainingArguments, checkpoint_step
+from .arguments import DataArguments, ModelArguments, PretrainingArguments, checkpoint_hash, checkpoint_step
 from .checkpoints import decisive_settings, is_done, last_complete, mark_done, read_record, record
-from .data import training_data
+from .data import data_fingerprint, training_data
 from .planning import Plan, measure_model
 from .trainer import PretrainingTrainer
 
@@ -34,17 +34,25 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     """
     data_args.check()
     source = model_source(model_args)
-    weights = {} if source is None else {"weights": source.fingerprint}
-    settings = decisive_settings(args, model_args, data_args, sequences=args.sequences, **weights)
+    folder = None if source is None else str(source.folder)
+    tokenizer = load_tokenizer(folder, model_args)
+    settings = decisive_settings(
+        args,
+        model_args,
+        data_args,
+        sequences=args.sequences,
+        weights=None if source is None else source.fingerprint,
+        annealed=checkpoint_hash(args.anneal_from),
+        data_and_tokenizer=data_fingerprint(data_args, args, tokenizer),
+    )
     if is_done(args, settings):
         logger.info(f"The run in {args.output_dir} is done.", main_process_only=True)
         return args.output_dir
-    folder = None if source is None else str(source.folder)
     config = load_config(folder or model_args.config_name, model_args)
-    tokenizer = load_tokenizer(folder, model_args)
     check_fits(config, tokenizer, args.sequence_length)
     model = make_model(folder, config, model_args, args.seed)
-    model.config.use_cache = False
+    # A cache would keep attention from seeing where packed documents begin.
+    use_cache, model.config.use_cache = model.config.use_cache, False
     check_space(args, model)
     checkpoint = last_complete(args.output_dir)
     data = training_data(
@@ -58,6 +66,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     trainer = PretrainingTrainer(model=model, args=args, data=data, processing_class=tokenizer)
     record(args, settings)
     trainer.train(resume_from_checkpoint=checkpoint or args.anneal_from)
+    model.config.use_cache = use_cache
     trainer.save_model(args.output_dir)
     mark_done(trainer)
     return args.output_dir

@@ -80,16 +80,20 @@ class PackedStream(IterableDataset):
         block, short = [], None
         for stream, count in zip(self._streams, self._mixture.counts(self._mixture.block), strict=True):
             rows = [stream.take(self.length) for _ in range(count)]
-            whole = [row for row in rows if len(row[0]) == self.length]
-            block += whole
-            if len(whole) < count:
+            block += [row if len(row[0]) == self.length else None for row in rows]
+            if block[-1] is None:
                 short = short or stream
-        if short is not None and state["row"] + len(block) < self.rows:
+        if len(self._streams) == 1:
+            block = [row for row in block if row is not None]
+        ordered = [block[place] for place in self._mixture.order(state["block"], len(block))]
+        # Of a mixture, rows that are there but out of their turn would change the shares.
+        whole = next((place for place, row in enumerate(ordered) if row is None), len(ordered))
+        if short is not None and state["row"] + whole < self.rows:
             raise short.ended()
         self._next = {
-            "row": state["row"] + len(block),
+            "row": state["row"] + len(ordered),
             "block": state["block"] + 1,
             "sources": [stream.state() for stream in self._streams],
         }
         self._states.append(self._next)
-        return state["row"], [block[place] for place in self._mixture.order(state["block"], len(block))]
+        return state["row"], ordered

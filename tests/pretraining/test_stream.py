@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -143,6 +144,50 @@ def test_shares_of_a_mixture_are_those_asked_for(tmp_path):
         TokenStream(Source(spec), tokenizer()).take(count * 8)[0] for spec, count in zip(specs, (20, 60), strict=True)
     ]
     assert sorted(rows) == sorted(row for part in expected for row in part.reshape(-1, 8).tolist())
+
+
+def test_a_mixture_ends_where_its_shares_cannot_be_kept(tmp_path):
+    specs = [
+        write_documents(tmp_path / name, files=1, documents=count, seed=seed)
+        for seed, (name, count) in enumerate((("short", 12), ("long", 300)))
+    ]
+    make = lambda rows: PackedStream(  # noqa: E731
+        [TokenStream(Source(spec), tokenizer()) for spec in specs], Mixture([1, 1], 40, seed=1), length=8, rows=rows
+    )
+    full = len(tokens_of(read_documents(specs[0])[0], tokenizer())) // 8
+    assert 5 < full < 25
+    with pytest.raises(ValueError, match=r"'.*short.*' ended after 1 pass"):
+        ids(make(2 * full + 20))
+    # As long as there are enough rows of it, the order is that of longer data.
+    assert len(ids(make(full))) == full
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt", "disk"])
+def test_every_form_of_data_goes_on_where_it_was(tmp_path, kind):
+    texts = [f"w{i % 50} w{i % 7} w{i % 11}" for i in range(300)]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    if kind == "disk":
+        rows.save_to_disk(tmp_path / "data")
+        spec = str(tmp_path / "data")
+    else:
+        (tmp_path / "data").mkdir()
+        for part in range(2):
+            path = tmp_path / "data" / f"{part}.{kind}"
+            piece = rows.shard(2, part)
+            if kind == "txt":
+                path.write_text("\n\n".join(piece["text"]))
+            else:
+                {"jsonl": piece.to_json, "csv": piece.to_csv, "parquet": piece.to_parquet}[kind](path)
+        spec = str(tmp_path / "data" / f"*.{kind}")
+    make = lambda: TokenStream(Source(spec), tokenizer(), seed=2, passes=2)  # noqa: E731
+    whole = make().take(2400)[0].tolist()
+    assert len(whole) == 2400
+    for taken in (1, 300, 700, 1300):
+        source = make()
+        source.take(taken)
+        other = make()
+        other.load_state(json.loads(json.dumps(source.state())))
+        assert other.take(2400)[0].tolist() == whole[taken:]
 
 
 def test_documents_are_marked_where_asked(corpus):

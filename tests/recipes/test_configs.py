@@ -81,7 +81,7 @@ def test_fine_tuning(file):
     assert not args.trust_remote_code
     if args.chat_template_path:
         assert Path(args.chat_template_path).is_file()
-    assert args.packing == (file.stem not in ("tulu3", "hh_chosen", "sam"))
+    assert args.packing == (file.stem not in ("tulu3", "hh_chosen", "sam", "sam_baseline"))
     if file.stem in ("base", "metamath"):
         assert args.max_length == 2048
         assert sweep.learning_rates == [2e-5, 3e-5, 4e-5, 5e-5, 6e-5, 8e-5, 1e-4, 1.5e-4, 2e-4]

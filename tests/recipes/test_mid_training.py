@@ -206,6 +206,35 @@ def test_annealing_goes_on_from_a_checkpoint_with_its_optimizer_and_its_place_in
         assert largest_difference(weights(folder / "whole"), weights(folder / "annealed")) == 0
 
 
+def test_a_saved_dataset_is_resumed_and_a_plain_trainers_checkpoint_is_annealed(
+    launch, config, shelf_of_recipes, finished, tmp_path
+):
+    """`datasets` keeps its cache in the folder of the data; other trainers write no record into checkpoints."""
+    import datasets
+
+    texts = datasets.load_dataset("json", data_files=str(shelf_of_recipes / "text" / "*.jsonl"), split="train")
+    texts.save_to_disk(tmp_path / "saved")
+    flags = ["--datasets", str(tmp_path / "saved"), "--streaming", "false"]
+    killed = run(launch, config, tmp_path / "run", *flags, kill_at=tmp_path / "run" / "checkpoint-6")
+    assert -9 in killed.status
+    again = run(launch, config, tmp_path / "run", *flags)
+    assert again.status == [0], again.output[0][-3000:]
+
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(tmp_path / "run" / "checkpoint-3", checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["CheckpointRecord"]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    annealed = [*flags, "--anneal_from", checkpoint, "--train_tokens", "512"]
+    ended = run(launch, config, tmp_path / "annealed", *annealed)
+    assert ended.status == [0], ended.output[0][-3000:]
+    # Another checkpoint in its place makes another run.
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state, indent=1))
+    changed = run(launch, config, tmp_path / "annealed", *annealed)
+    assert changed.status == [1]
+    assert "annealed '" in changed.output[0]
+
+
 def test_a_checkpoint_that_cannot_be_annealed_from_is_refused(launch, config, finished, tmp_path):
     """The host would begin with the warmup again, and never reach the decay."""
     checkpoint = tmp_path / "checkpoint-3"
@@ -269,7 +298,7 @@ def test_other_data_in_the_middle_of_a_run_is_refused(launch, config, finished, 
     shutil.copytree(finished("single", 1, True), folder)
     (folder / "training_done.json").unlink()
     for flags, message in (
-        (["--seed", "7"], "holds a run with other settings (seed 42 -> 7)"),
+        (["--seed", "7"], "seed 42 -> 7"),
         (["--global_batch_size", "16"], "sequences 8 -> 16"),
         (["--z_loss", "0"], "z_loss 0.001 -> 0.0"),
     ):
@@ -287,7 +316,7 @@ def test_text_that_changed_on_the_disk_is_refused(launch, config, shelf_of_recip
         file.write('{"text": "w1 w2"}\n')
     ended = run(launch, config, tmp_path / "run", *flags)
     assert ended.status == [1]
-    assert "were made with other data, tokenizer, sequence_length or seed" in ended.output[0]
+    assert "holds a run with other settings (data_and_tokenizer '" in ended.output[0]
 
 
 @pytest.mark.slow

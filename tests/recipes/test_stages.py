@@ -151,6 +151,25 @@ def test_nobody_works_where_a_stage_of_a_driver_that_was_killed_still_does(tmp_p
     assert run(tmp_path, [stage(tmp_path, "a")])[0]
 
 
+def test_what_a_launcher_started_ends_with_its_stage_when_that_fails(tmp_path):
+    """As torch's elastic launcher does it: in a session of its own, without the files of its parent."""
+    pid = tmp_path / "pid"
+    child = "import time; time.sleep(120)"
+    body = (
+        "import subprocess\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
+        f"open({str(pid)!r}, 'w').write(str(child.pid))\n"
+        "os._exit(1)"
+    )
+    done, _ = run(tmp_path, [stage(tmp_path, "launcher", body=body)])
+    assert not done
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid.read_text()}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert run(tmp_path, [stage(tmp_path, "launcher")])[0]
+
+
 def test_recipes_are_launched_on_several_devices():
     one = python(Path("recipe.py"), Path("config.yaml"))
     assert one == [sys.executable, "recipe.py", "--config", "config.yaml"]
