@@ -101,7 +101,8 @@ def summarize(results: list[Results]) -> dict:
     """
     reference, *_ = results
     data = reference.old[0]
-    summary = {"reference": reference.name, "data": data, "runs": {}}
+    known = {name: value for name, value in reference.record["environment"].items() if name != "command"}
+    summary = {"reference": reference.name, "data": data, "environment": known, "runs": {}}
     schemes = reference.record["settings"]["quantize"]
     lost = {scheme: _damage(reference, data, scheme) for scheme in schemes}
     for one in results:

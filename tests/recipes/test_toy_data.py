@@ -42,6 +42,7 @@ def test_the_split_depends_on_each_document_alone(documents, tmp_path):
 
 
 def test_problems_have_a_question_a_worked_solution_and_a_length(tokenizer):
+    pytest.importorskip("reasoning_gym", reason="the toy preset needs the extra 'recipes'")
     texts = problem_texts(tokenizer, count=4, length=400, seed=1)
     assert len(texts) == 4
     for text in texts:
@@ -55,6 +56,7 @@ def test_problems_have_a_question_a_worked_solution_and_a_length(tokenizer):
 
 
 def test_the_files_are_those_that_the_preset_names(documents, tmp_path, capsys):
+    pytest.importorskip("reasoning_gym", reason="the toy preset needs the extra 'recipes'")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(" ".join(document.split()) for document in documents))
     argv = ["--text_file", str(text), "--output_dir", str(tmp_path / "data"), "--problems", "8"]
