@@ -12,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers look for groups
 def pytest_collection_modifyitems(items):
     """Tests of a file share what it sets up, those of distributed/ even their runs: each group stays in one worker."""
     for item in items:

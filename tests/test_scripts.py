@@ -164,7 +164,7 @@ def test_errors_of_a_script_show_its_own_lines(tmp_path):
         run_script(str(path), [])
     assert caught.traceback[-1].lineno + 1 == 6
     assert str(caught.traceback[-1].path) == str(path)
-    assert sys.modules["__main__"].__file__ != str(path)
+    assert getattr(sys.modules["__main__"], "__file__", None) != str(path)
 
 
 @pytest.mark.parametrize(

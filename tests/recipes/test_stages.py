@@ -113,6 +113,7 @@ def start_a_long_stage(folder: Path) -> tuple[subprocess.Popen, int]:
     pid = folder / "pid"
     program = (
         f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2] / 'recipes')!r}]\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "from pathlib import Path\nfrom test_stages import run, stage\n"
         f"folder = Path({str(folder)!r})\n"
         f"run(folder, [stage(folder, 'a', body=\"open(r'{pid}', 'w').write(str(os.getpid())); time.sleep(60)\")])\n"
