@@ -15,6 +15,7 @@ from configuration import read_config, told
 
 from hf_sam.evaluation import forgetting, forgetting_reduction
 from hf_sam.evaluation.processes import join_processes, rank_and_world
+from hf_sam.pretraining.checkpoints import DONE
 from hf_sam.report import EvaluationArguments, Results, evaluate, write_comparison, write_report
 from hf_sam.report.command import EvaluateParser
 from hf_sam.report.document import Document
@@ -83,7 +84,7 @@ def _settings(run: str, flags: dict, output: Path) -> EvaluationArguments:
     tuned = list(flags["tuned"])
     if sweep:
         found = sorted(Path(sweep).glob("lr-*"), key=lambda path: float(path.name.removeprefix("lr-")))
-        tuned += [str(path) for path in found if (path / "training_done.json").exists()]
+        tuned += [str(path) for path in found if (path / DONE).exists()]
         if not tuned:
             raise ValueError(f"--runs {run!r}: {sweep} holds no finished run lr-* of a sweep.")
     own = {"base": base, "tuned": tuned, "name": name, "output": str(output / name)}

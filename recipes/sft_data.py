@@ -21,7 +21,7 @@ class SFTDataArguments:
     """What is learned, and how it is written down.
 
     Parameters:
-        dataset (`str`): a file, a pattern of files, a folder, or `HUB/ID[:CONFIG][@REVISION]`.
+        dataset (`str`): a file, a pattern of files, a folder, or `HUB/ID[/FOLDER][:CONFIG][@REVISION]`.
         dataset_split (`str`, *optional*): train when omitted.
         dataset_format (`str`): `prompt_completion` (two columns and their templates), `messages` (a conversation),
             `text`, `alpaca` (instruction, input, output), `hh` (a transcript of Human and Assistant).
@@ -36,7 +36,7 @@ class SFTDataArguments:
         rehearsal_share (`float`): share of old examples in the mixture.
     """
 
-    dataset: str = field(default="", metadata={"help": "File, pattern, folder, or HUB/ID[:CONFIG][@REVISION]."})
+    dataset: str = field(default="", metadata={"help": "File, pattern, folder, HUB/ID[/FOLDER][:CONFIG][@REVISION]."})
     dataset_split: str | None = field(default=None, metadata={"help": "Split; default: train."})
     dataset_format: Literal["prompt_completion", "messages", "text", "alpaca", "hh"] = field(
         default="prompt_completion", metadata={"help": "How an example is written down."}

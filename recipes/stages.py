@@ -131,7 +131,7 @@ class Stages:
         with (self.folder / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if processes_of(str(self.folder.resolve())):
+                if processes_of(self.folder):
                     raise BlockingIOError
             except BlockingIOError:
                 raise ValueError(
@@ -178,7 +178,7 @@ class Stages:
     def _start(self, stage: Stage, command: list[str], slots: list[int]) -> None:
         log = self.folder / "logs" / f"{stage.name.replace('/', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, _STAGE: f"{self.folder.resolve()}\n{stage.name}"}
+        environment = {**os.environ, _STAGE: _label(self.folder, stage.name)}
         names = [self.devices[slot] for slot in slots]
         if all(names):
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
@@ -210,14 +210,13 @@ class Stages:
 
     def _tell(self, name: str, status: int, ended: _Running, done: int) -> None:
         seconds = time.perf_counter() - ended.started
-        if status != 0:
-            self._kill(name)  # what a launcher that failed left behind
         if status == 0:
             stage = next(stage for stage in self.stages if stage.name == name)
             mark = {"run": uuid.uuid4().hex, "needs": self._runs_of(stage.needs)}
             write_json(self.mark(stage), {**mark, "settings": stage.settings, "seconds": round(seconds, 1)})
             self.say(f"[{done}/{len(self.stages)}] {name} took {seconds:.0f} s")
             return
+        self._kill(name)  # what a launcher that failed left behind
         lines = ended.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
         self.say(f"{name} failed with status {status}; the end of {ended.log}:\n" + "\n".join(lines))
 
@@ -234,17 +233,22 @@ class Stages:
         self._running.clear()
 
     def _kill(self, name: str) -> None:
-        for process in processes_of(f"{self.folder.resolve()}\n{name}"):
+        for process in processes_of(self.folder, name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
 
-def processes_of(stage: str) -> list[int]:
-    """Processes that carry the name of a stage, or one that begins so, in their environment, also in other sessions.
+def _label(folder: Path, name: str | None = None) -> str:
+    """What tells a stage, or a folder, from all others; none is the beginning of that of another stage or folder."""
+    return f"{folder.resolve()}\n" + (f"{name}\n" if name else "")
+
+
+def processes_of(folder: Path, name: str | None = None) -> list[int]:
+    """Processes of a stage, or of all stages in a folder, also those in other sessions, by their environment.
 
     Found in /proc; where there is none, stages are ended by their process group alone.
     """
-    wanted = f"{_STAGE}={stage}".encode()
+    wanted = f"{_STAGE}={_label(folder, name)}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):

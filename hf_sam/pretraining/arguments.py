@@ -181,7 +181,7 @@ class DataArguments:
 
     Parameters:
         datasets (`list[str]`):
-            Files, patterns of files, folders, or `HUB/ID[:CONFIG][@REVISION]`.
+            Files, patterns of files, folders, or `HUB/ID[/FOLDER][:CONFIG][@REVISION]`.
         dataset_weights (`list[float]`, *optional*):
             Shares of tokens; equal ones when omitted.
         dataset_split (`str`, *optional*):
@@ -197,7 +197,7 @@ class DataArguments:
     """
 
     datasets: list[str] = field(
-        default_factory=list, metadata={"help": "Files, patterns, folders, or HUB/ID[:CONFIG][@REVISION]."}
+        default_factory=list, metadata={"help": "Files, patterns, folders, or HUB/ID[/FOLDER][:CONFIG][@REVISION]."}
     )
     dataset_weights: list[float] | None = field(
         default=None, metadata={"help": "Shares of tokens of the datasets; equal ones by default."}

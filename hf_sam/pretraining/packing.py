@@ -157,18 +157,19 @@ class Mixture:
             raise ValueError(f"dataset_weights={list(weights)} must be positive numbers.")
         self.block, self.seed = block, seed
         self.shares = np.asarray(weights, dtype=float) / sum(weights)
-        if min(self.counts(block)) == 0:
+        self.counts = self._counts()
+        if min(self.counts) == 0:
             raise ValueError(
                 f"dataset_weights={list(weights)}: {min(self.shares):.2g} of {block} rows is less than one. Raise the "
                 "smallest weight, or leave that dataset out."
             )
 
-    def counts(self, rows: int) -> list[int]:
-        """How many of `rows` rows come from each source."""
-        exact = self.shares * rows
+    def _counts(self) -> list[int]:
+        """Rows of a block that come from each source."""
+        exact = self.shares * self.block
         counts = np.floor(exact).astype(int)
         most = np.argsort(counts - exact, kind="stable")  # the largest remainders first
-        counts[most[: rows - counts.sum()]] += 1
+        counts[most[: self.block - counts.sum()]] += 1
         return counts.tolist()
 
     def order(self, number: int, rows: int) -> np.ndarray:
@@ -178,11 +179,11 @@ class Mixture:
     def taken(self, source: int, rows: int) -> int:
         """How many of the first `rows` rows of all blocks come from a source."""
         blocks, rest = divmod(rows, self.block)
-        return blocks * self.counts(self.block)[source] + int((self.sources(blocks)[:rest] == source).sum())
+        return blocks * self.counts[source] + int((self.sources(blocks)[:rest] == source).sum())
 
     def sources(self, number: int) -> np.ndarray:
         """Source of each row of a block."""
-        labels = np.repeat(np.arange(len(self.shares)), self.counts(self.block))
+        labels = np.repeat(np.arange(len(self.shares)), self.counts)
         return labels[self.order(number, self.block)]
 
 
@@ -235,7 +236,7 @@ class MixedRows(Dataset):
         number, place = divmod(self._first + index, self._mixture.block)
         sources = self._block(number)
         source = int(sources[place])
-        count = number * int((sources == source).sum()) + int((sources[:place] == source).sum())
+        count = number * self._mixture.counts[source] + int((sources[:place] == source).sum())
         part = self._parts[source]
         turn, row = divmod(count, len(part))
         return part[int(self._order(source, turn, len(part))[row])]

@@ -78,7 +78,7 @@ class PackedStream(IterableDataset):
         if state["row"] >= self.rows:
             return None
         block, short = [], None
-        for stream, count in zip(self._streams, self._mixture.counts(self._mixture.block), strict=True):
+        for stream, count in zip(self._streams, self._mixture.counts, strict=True):
             rows = [stream.take(self.length) for _ in range(count)]
             block += [row if len(row[0]) == self.length else None for row in rows]
             if block[-1] is None:

@@ -152,6 +152,15 @@ def test_nobody_works_where_a_stage_of_a_driver_that_was_killed_still_does(tmp_p
     assert run(tmp_path, [stage(tmp_path, "a")])[0]
 
 
+def test_a_stage_that_fails_leaves_one_whose_name_begins_with_its_own(tmp_path):
+    stages = [
+        stage(tmp_path, "sft/adamw", body="time.sleep(0.3); sys.exit(1)"),
+        stage(tmp_path, "sft/adamw-shortened", body="time.sleep(1.5)"),
+    ]
+    assert not run(tmp_path, stages, devices=("", ""))[0]
+    assert [note[0] for note in notes(tmp_path)] == ["sft/adamw-shortened"]
+
+
 def test_what_a_launcher_started_ends_with_its_stage_when_that_fails(tmp_path):
     """As torch's elastic launcher does it: in a session of its own, without the files of its parent."""
     pid = tmp_path / "pid"
