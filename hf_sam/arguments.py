@@ -4,7 +4,10 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
+from accelerate.logging import get_logger
 from transformers import SchedulerType, TrainingArguments
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -12,15 +15,16 @@ class SAMArguments:
     r"""Arguments of sharpness-aware training and of shortened annealing.
 
     Mix it into any config dataclass, in front of it: `class MyConfig(SAMArguments, SFTConfig)`. Where a number of
-    steps is asked for, a value below 1 is a share of all steps, as in `save_steps` and `warmup_steps`.
+    steps is asked for, a value below 1 is a share of the steps of the run, as in `save_steps` and `warmup_steps`. A run
+    that is resumed is one run; one that begins with the checkpoint of another (`anneal_from`) counts its own steps.
 
     Parameters for the perturbation:
         sam_rho (`float`, *optional*, defaults to `0.0`):
             Radius \\(\rho\\) of the perturbation \\(e = \rho g / \|g\|\\) (arXiv 2010.01412, eq. 2). `0` is plain
             training. The paper of sharpness-aware pretraining (arXiv 2605.02105) uses 0.05.
         sam_adaptive (`bool`, *optional*, defaults to `False`):
-            Adaptive SAM: \\(e = \rho w^2 g / \|w g\|\\) elementwise (arXiv 2102.11600, eq. 8). Its \\(\rho\\) is on
-            another scale; that paper uses 0.5 to 2.
+            Adaptive SAM: \\(e = \rho |w|^2 g / \| |w| g\|\\) elementwise (arXiv 2102.11600, eq. 8). Its \\(\rho\\) is
+            on another scale; that paper uses 0.5 to 2.
         sam_ascent_micro_batches (`float`, *optional*):
             How many of the step's micro-batches the ascent gradient is taken over, or which share of them if below
             1. All of them when omitted. A step costs 1 + k/N plain steps with k of N.
@@ -63,11 +67,11 @@ class SAMArguments:
         default=False, metadata={"help": "[SAM] Adaptive SAM (ASAM): e = rho * w^2 g / ||w g||, elementwise."}
     )
     sam_start_steps: float = field(
-        default=0.0, metadata={"help": "[SAM] First optimizer step with SAM; below 1, a share of all steps."}
+        default=0.0, metadata={"help": "[SAM] First optimizer step with SAM; below 1, a share of the run."}
     )
     sam_end_steps: float | None = field(
         default=None,
-        metadata={"help": "[SAM] Optimizer step at which SAM ends; below 1, a share of all steps. Default: never."},
+        metadata={"help": "[SAM] Optimizer step at which SAM ends; below 1, a share of the run. Default: never."},
     )
     sam_interval: int = field(default=1, metadata={"help": "[SAM] SAM acts in every this-many-th step of its window."})
     sam_phase: Literal["all", "anneal"] = field(
@@ -125,6 +129,30 @@ class SAMArguments:
         """
         self._check_values()
         self._check_annealing()
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        # Whoever asks is a trainer that is about to train, and one with SAM has claimed these arguments before.
+        unclaimed = not getattr(self, "_claimed_by_sam", False)
+        if unclaimed and (self.sam_rho > 0 or self.anneal_steps is not None):
+            logger.warning(
+                f"{type(self).__name__} sets sam_rho={self.sam_rho:g} and anneal_steps={self.anneal_steps}, but the "
+                "trainer that uses it has no SAM, so they have no effect. Use hf_sam.SAMTrainer, "
+                "hf_sam.SAMSFTTrainer, or hf_sam.with_sam(YourTrainer)."
+            )
+        return super().get_warmup_steps(num_training_steps)
+
+    def claim_for_sam(self) -> None:
+        """Say that a trainer with SAM uses these arguments."""
+        self._claimed_by_sam = True
+
+    def unused_sam_fields(self) -> list[str]:
+        """Names of the SAM fields that were set although `sam_rho` is 0."""
+        if self.sam_rho > 0:
+            return []
+        known = SAMArguments.__dataclass_fields__
+        return [
+            name for name in known if name.startswith("sam_") and getattr(self, name) != _default(SAMArguments, name)
+        ]
 
     def _check_values(self):
         for name in _FLOAT_FIELDS:

@@ -5,6 +5,7 @@ import os
 from huggingface_hub import ModelCard
 
 from .arguments import SAMArguments
+from .history import SAMHistory
 
 _HEADINGS = _SAM, _ANNEALING = "## Sharpness-aware training", "## Shortened annealing"
 
@@ -25,13 +26,14 @@ _SAM_PAPER = """\
 }"""
 
 
-def describe_in_model_card(path: str, args: SAMArguments, log_history: list[dict]) -> None:
-    """Add tags, settings, final sharpness and citations to the model card that the host wrote.
+def describe_in_model_card(path: str, args: SAMArguments, log_history: list[dict], history: SAMHistory) -> None:
+    """Add tags, settings, what SAM did, and citations to the model card that the host wrote.
 
     Args:
         path (`str`): the card; nothing happens if the host wrote none, or the run used neither SAM nor annealing.
         args ([`SAMArguments`]): arguments of the run.
         log_history (`list[dict]`): the logs of the run.
+        history ([`SAMHistory`]): in how many of its steps SAM acted.
     """
     settings = used_settings(args)
     if not settings or not os.path.isfile(path):
@@ -40,8 +42,8 @@ def describe_in_model_card(path: str, args: SAMArguments, log_history: list[dict
     if any(heading in card.text for heading in _HEADINGS):
         return
     tags = card.data.tags or []
-    card.data.tags = [*tags, *(tag for tag in _tags(args) if tag not in tags)]
-    card.text = f"{card.text.rstrip()}\n\n{_section(args, settings, log_history)}\n"
+    card.data.tags = [*tags, *(tag for tag in _tags(history) if tag not in tags)]
+    card.text = f"{card.text.rstrip()}\n\n{_section(args, settings, log_history, history)}\n"
     card.save(path)
 
 
@@ -55,21 +57,30 @@ def used_settings(args: SAMArguments) -> dict:
     return settings
 
 
-def _tags(args: SAMArguments) -> list[str]:
-    return ["hf-sam", "sharpness-aware-minimization"] if args.sam_rho > 0 else ["hf-sam"]
+def _tags(history: SAMHistory) -> list[str]:
+    return ["hf-sam", "sharpness-aware-minimization"] if history.acted else ["hf-sam"]
 
 
-def _section(args: SAMArguments, settings: dict, log_history: list[dict]) -> str:
+def _section(args: SAMArguments, settings: dict, log_history: list[dict], history: SAMHistory) -> str:
     lines, papers = (
         [_ANNEALING, "", "The learning rate was constant and then decayed in a short final phase."],
         [_PAPER],
     )
     if args.sam_rho > 0:
-        lines = [_SAM, "", "Trained with SAM: each gradient was taken at the worst weights nearby."]
+        lines = [_SAM, "", _what_happened(history)]
         papers.append(_SAM_PAPER)
     lines += ["", "| setting | value |", "| --- | --- |"]
     lines += [f"| `{name}` | {value} |" for name, value in settings.items()]
     last = next((logs for logs in reversed(log_history) if "sam/sharpness" in logs), None)
-    if last is not None:
-        lines.append(f"| final sharpness, L(w + e) - L(w) | {last['sam/sharpness']:.4g} (step {last['step']}) |")
+    if last is not None and history.acted:
+        lines.append(f"| last sharpness, L(w + e) - L(w) | {last['sam/sharpness']:.4g} (step {last['step']}) |")
     return "\n".join([*lines, "", "### Citation of the method", "", "```bibtex", *papers, "```"])
+
+
+def _what_happened(history: SAMHistory) -> str:
+    if not history.acted:
+        return (
+            f"{history.summary()} It was configured as below, but all gradients were taken at the weights themselves: "
+            "this is a plainly trained model."
+        )
+    return f"{history.summary()} In these, the gradient was taken at the worst weights nearby."

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from accelerate.logging import get_logger
 
+from .replay.reach import reach
 from .rounding import is_low_precision
 
 logger = get_logger(__name__)
@@ -24,19 +25,53 @@ def plain_name(name: str) -> str:
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Trainable parameters by plain name; a tied parameter appears once, under its first name.
+    """Trainable parameters by plain name; a tied parameter appears once, under its first name."""
+    return {plain_name(name): param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def check_perturbable(trainable: dict[str, torch.Tensor]) -> None:
+    """Refuse parameters whose perturbation could not be represented, or that step before it could be made.
+
+    Args:
+        trainable (`dict[str, torch.Tensor]`): trainable parameters by name.
 
     Raises:
-        ValueError: if one is stored in 8 bits, where a perturbation cannot be represented.
+        ValueError: if one is stored in 8 bits, or a hook steps in its backward pass; the message names the remedy.
     """
-    trainable = {plain_name(name): param for name, param in model.named_parameters() if param.requires_grad}
     for name, param in trainable.items():
         if param.dtype.itemsize < 2:
             raise ValueError(
                 f"SAM cannot perturb the trainable parameter {name!r}, which is stored as {param.dtype}. Freeze the "
                 "quantized weights and train adapters on top of them, or load the model in 16 or 32 bits."
             )
-    return trainable
+        if steps_in_backward(param):
+            raise ValueError(
+                f"SAM does not support the hook of the parameter {name!r} that steps an optimizer in the backward "
+                "pass: the weights would change in the ascent pass, too. Remove the hooks and call optimizer.step() "
+                "after the backward pass."
+            )
+
+
+def count_hooks(params: Iterable[torch.Tensor]) -> int:
+    """Number of hooks that the backward pass calls for these parameters."""
+    return sum(len(hooks) for param in params for hooks in _hooks(param))
+
+
+def steps_in_backward(param: torch.Tensor) -> bool:
+    """Whether a hook of `param` can reach an optimizer, which it then steps."""
+    if hasattr(param, "_in_backward_optimizers"):  # torch.distributed.optim._apply_optimizer_in_backward
+        return True
+    return any(
+        isinstance(value, torch.optim.Optimizer)
+        for hooks in _hooks(param)
+        for hook in hooks.values()
+        for _, value in reach(hook)
+    )
+
+
+def _hooks(param: torch.Tensor) -> list[dict]:
+    found = (param._backward_hooks, getattr(param, "_post_accumulate_grad_hooks", None))
+    return [hooks for hooks in found if hooks]
 
 
 def keep_adapters_exact(model: torch.nn.Module) -> None:

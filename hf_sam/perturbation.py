@@ -4,9 +4,10 @@ A backend hands over `Fragment`s, the pieces of the trainable weights that live 
 is here once: the norm of the ascent gradient, and the move to w + e with
 
     SAM   (Foret 2021, arXiv 2010.01412, eq. 2):   e = rho * g / ||g||
-    ASAM  (Kwon 2021, arXiv 2102.11600, eq. 8):    e = rho * w^2 g / ||w g||
+    ASAM  (Kwon 2021, arXiv 2102.11600, eq. 8):    e = rho * |w|^2 g / || |w| g ||
 
-all in fp32. Nothing here waits for the device: a non-finite gradient becomes e = 0 by masking, not by a branch.
+all in fp32. A complex weight is a pair of real ones with one modulus |w|. Nothing here waits for the
+device: a non-finite gradient becomes e = 0 by masking, not by a branch.
 """
 
 from collections.abc import Callable
@@ -29,12 +30,16 @@ class Fragment:
         weight (`torch.Tensor`): the storage that the forward pass reads (or gathers from); perturbed in place.
         master (`torch.Tensor`): where w is held exactly while `weight` is perturbed, same shape as `weight`.
         grad (`torch.Tensor`): the ascent gradient, same shape as `weight`. It is used as scratch space.
+        place (`str`): which piece of the parameter it is; replicas of a piece have the same.
+        pairs (`bool`): whether the last dimension holds real and imaginary parts (`torch.view_as_real`).
     """
 
     name: str
     weight: torch.Tensor
     master: torch.Tensor
     grad: torch.Tensor
+    place: str = ""
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Perturbation:
 
 @torch.no_grad()
 def squared_norms(fragments: list[Fragment], adaptive: bool) -> list[torch.Tensor]:
-    """||g||^2 (ASAM: ||w g||^2) of each fragment, fp32, each of shape `()`."""
+    """||g||^2 (ASAM: || |w| g ||^2) of each fragment, fp32, each of shape `()`."""
     if adaptive:
         return [_squared_norm_adaptive(fragment) for fragment in fragments]
     return [
@@ -70,11 +75,22 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _squared_norm_adaptive(fragment: Fragment) -> torch.Tensor:
-    pieces = [
-        torch.linalg.vector_norm(weight.to(grad.device, _at_least_fp32(weight.dtype)) * grad.float()).square()
-        for weight, grad in chunks(fragment.master, fragment.grad)
-    ]
+    pieces = []
+    for weight, grad in chunks(fragment.master, fragment.grad):
+        weight = weight.to(grad.device, _at_least_fp32(weight.dtype))
+        if fragment.pairs:
+            pieces.append((_squared(weight, pairs=True) * grad.to(weight.dtype).square()).sum())
+        else:
+            pieces.append(torch.linalg.vector_norm(weight * grad.to(weight.dtype)).square())
     return torch.stack(pieces).sum()
+
+
+def _squared(weight: torch.Tensor, pairs: bool) -> torch.Tensor:
+    """|w|^2, of the shape of `weight`."""
+    squares = weight.square()
+    if not pairs:
+        return squares
+    return squares.view(-1, 2).sum(dim=1, keepdim=True).expand(-1, 2).reshape(squares.shape)
 
 
 def ascent_scale(rho: float, norm: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
@@ -88,18 +104,18 @@ def apply(
     scale: torch.Tensor,
     finite: torch.Tensor,
     adaptive: bool,
-    noise: Callable[[torch.device], torch.Generator] | None,
+    noise: Callable[[Fragment], torch.Generator] | None,
     measure: bool,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Write w + e into the weights of all fragments, e = scale * g (ASAM: scale * w^2 g).
+    """Write w + e into the weights of all fragments, e = scale * g (ASAM: scale * |w|^2 g).
 
     Args:
         fragments (`list[Fragment]`): the pieces of the weights on this rank; their gradients are overwritten.
         scale (`torch.Tensor`): result of [`ascent_scale`].
         finite (`torch.Tensor`): bool, shape `()`; e = 0 where False.
         adaptive (`bool`): ASAM instead of SAM.
-        noise (`Callable` or `None`): gives the generator of a device for weights that need stochastic rounding;
-            `None` rounds to nearest (which loses the perturbation; kept for comparison).
+        noise (`Callable` or `None`): gives the generator for a fragment that needs stochastic rounding; `None`
+            rounds to nearest (which loses the perturbation; kept for comparison).
         measure (`bool`): whether to compute what of e the weights kept.
 
     Returns:
@@ -130,7 +146,7 @@ def _perturb_fp32(fragments, scale, finite, adaptive):
         here = [fragment for fragment in fragments if fragment.weight.device == device]
         grads = [fragment.grad for fragment in here]
         if adaptive:
-            masters = [fragment.master for fragment in here]
+            masters = [_modulus(fragment) for fragment in here]
             torch._foreach_mul_(grads, masters)
             torch._foreach_mul_(grads, masters)
         torch._foreach_mul_(grads, scale.to(device))
@@ -141,6 +157,11 @@ def _perturb_fp32(fragments, scale, finite, adaptive):
         torch._foreach_add_([fragment.weight for fragment in here], grads)
 
 
+def _modulus(fragment: Fragment) -> torch.Tensor:
+    """|w|, or what has its square."""
+    return _squared(fragment.master, pairs=True).sqrt() if fragment.pairs else fragment.master
+
+
 def _perturb_mixed(fragment, scale, finite, adaptive, noise, measure):
     """Fragments with a 16-bit or an offloaded member go through fp32 scratch chunks on the device of the gradient."""
     moved = []
@@ -149,15 +170,16 @@ def _perturb_mixed(fragment, scale, finite, adaptive, noise, measure):
     dither = noise is not None and is_low_precision(fragment.master.dtype)
     device = fragment.grad.device
     scale, blocked = scale.to(device), ~finite.to(device)
+    generator = noise(fragment) if dither else None
     for weight, master, grad in chunks(fragment.weight, fragment.master, fragment.grad):
         exact = master.to(device, _at_least_fp32(master.dtype))
         ascent = grad.to(exact.dtype) * scale
         if adaptive:
-            ascent.mul_(exact).mul_(exact)
+            ascent.mul_(_squared(exact, pairs=True)) if fragment.pairs else ascent.mul_(exact).mul_(exact)
         ascent.masked_fill_(blocked, 0.0)
         target = exact + ascent
         # Rounded before it travels: where the masters are offloaded, half of the bytes cross the bus.
-        rounded = stochastic_round(target, weight.dtype, noise(device)) if dither else target.to(weight.dtype)
+        rounded = stochastic_round(target, weight.dtype, generator) if dither else target.to(weight.dtype)
         weight.copy_(rounded)
         if measure:
             moved.append(_projection(weight, master.to(weight.dtype), ascent))
@@ -165,9 +187,11 @@ def _perturb_mixed(fragment, scale, finite, adaptive, noise, measure):
 
 
 def _projection(after, before, ascent):
-    change = (after.to(ascent.device).float() - before.to(ascent.device).float()).flatten()
-    ascent = ascent.float().flatten()
-    return torch.dot(change, ascent), torch.dot(ascent, ascent)
+    dtype = _at_least_fp32(after.dtype)
+    change = (after.to(ascent.device, dtype) - before.to(ascent.device, dtype)).flatten()
+    ascent = ascent.to(dtype).flatten()
+    # Shares of one number, so that they may be added up and reduced together whatever the precision of the weights.
+    return torch.dot(change, ascent).float(), torch.dot(ascent, ascent).float()
 
 
 def _add_up(pairs):

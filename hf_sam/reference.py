@@ -68,10 +68,10 @@ def sam_step(
     losses = accumulate_gradient(micro_batches[:k])
     g = {name: trainable[name].grad for name in perturbed_names if trainable[name].grad is not None}
 
-    # e = rho * g / ||g||, or e = rho * w^2 g / ||w g||.
-    scaled = {name: w[name] * grad if adaptive else grad for name, grad in g.items()}
-    norm = torch.sqrt(sum((s * s).sum() for s in scaled.values()))
-    e = {name: rho * (w[name] * s if adaptive else s) / (norm + 1e-12) for name, s in scaled.items()}
+    # e = rho * g / ||g||, or e = rho * |w|^2 g / || |w| g ||.
+    scaled = {name: w[name].abs() * grad if adaptive else grad for name, grad in g.items()}
+    norm = torch.sqrt(sum((s.abs() ** 2).sum() for s in scaled.values()))
+    e = {name: rho * (w[name].abs() * s if adaptive else s) / (norm + 1e-12) for name, s in scaled.items()}
 
     # Descent pass: grad L(w + e), left in the parameters.
     with torch.no_grad():

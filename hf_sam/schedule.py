@@ -13,7 +13,7 @@ def resolve_count(value: float, total: int) -> int:
 
 @dataclass(frozen=True)
 class SAMWindow:
-    """The optimizer steps in which SAM acts: `start, start + interval, ...` below `end`."""
+    """The optimizer steps in which SAM acts: `start, start + interval, ...` below `end`, counted as the host does."""
 
     start: int
     end: int
@@ -21,9 +21,17 @@ class SAMWindow:
 
     @classmethod
     def resolve(cls, args: SAMArguments, max_steps: int) -> "SAMWindow":
-        """Window that `args` ask for in a run of `max_steps` optimizer steps."""
-        start = resolve_count(args.sam_start_steps, max_steps)
-        end = max_steps if args.sam_end_steps is None else resolve_count(args.sam_end_steps, max_steps)
+        """Window that `args` ask for.
+
+        Args:
+            args ([`SAMArguments`]): where they have a `first_step` (a run that begins with the checkpoint of another
+                one), counts and shares are those of the steps from there on.
+            max_steps (`int`): the host's count at the end of the run.
+        """
+        first = getattr(args, "first_step", 0)
+        own = max_steps - first
+        start = first + resolve_count(args.sam_start_steps, own)
+        end = max_steps if args.sam_end_steps is None else first + resolve_count(args.sam_end_steps, own)
         if args.sam_phase == "anneal":
             start = max(start, max_steps - resolve_count(args.anneal_steps, max_steps))
         return cls(start=start, end=min(end, max_steps), interval=args.sam_interval)
@@ -33,6 +41,22 @@ class SAMWindow:
 
     def __len__(self) -> int:
         return len(range(self.start, self.end, self.interval))
+
+    def describe_problem(self, args: SAMArguments, max_steps: int) -> str | None:
+        """What keeps SAM from acting as `args` seem to want it to, and the remedy; `None` if nothing does."""
+        own = max_steps - getattr(args, "first_step", 0)
+        if len(self) == 0:
+            return (
+                f"SAM never acts in this run: its window of steps {self.start} to {self.end} is outside of the {own} "
+                f"steps of the run, which end at {max_steps}. Set sam_start_steps and sam_end_steps to shares of the "
+                "run (0.75), or train longer."
+            )
+        if self.interval > 1 and len(self) == 1:
+            return (
+                f"SAM acts in one step of this run only: sam_interval={self.interval} is longer than its window of "
+                f"{self.end - self.start} steps. Lower sam_interval."
+            )
+        return None
 
 
 def annealing_kwargs(args: SAMArguments, max_steps: int, warmup_steps: int) -> dict:

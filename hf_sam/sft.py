@@ -28,8 +28,7 @@ class SAMSFTTrainer(SAMMixin, SFTTrainer):
     """
 
     def __init__(self, model=None, args=None, *more, **kwargs):
-        if args is None or (isinstance(args, SAMArguments) and not isinstance(args, SFTConfig)):
-            # TRL would make or rebuild them as a plain SFTConfig, which does not know the SAM fields.
-            kind = "none" if args is None else type(args).__name__
-            raise ValueError(f"{type(self).__name__} needs hf_sam.SAMSFTConfig, but got {kind}.")
+        if isinstance(args, SAMArguments) and not isinstance(args, SFTConfig):
+            # TRL would rebuild them as a plain SFTConfig, which does not know the SAM fields.
+            raise ValueError(f"{type(self).__name__} needs hf_sam.SAMSFTConfig, but got {type(args).__name__}.")
         super().__init__(model, args, *more, **kwargs)

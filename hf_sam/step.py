@@ -7,25 +7,26 @@ gradients, and a step that is left unfinished has cost nothing.
 """
 
 import contextlib
-import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from .arguments import check_count
-from .backends import select_backend
+from .backends import Backend, select_backend
+from .loss_scale import scalers_used
 from .metrics import SAMMetrics
 from .perturbation import Perturbation
-from .replay import BufferState, RandomState
+from .replay import KeptInputs, World, WorldState
 from .schedule import ascent_count
 
 
 @dataclasses.dataclass
 class _MicroBatch:
     forward_backward: Callable[[Any], torch.Tensor]
-    inputs: Any
+    inputs: KeptInputs
 
 
 class SAMStep:
@@ -47,14 +48,18 @@ class SAMStep:
             optimizer.zero_grad()
     ```
 
-    Dropout masks are the same in both passes, and random streams, BatchNorm statistics and other buffers end as they
-    would in plain training. In a loop without Accelerate, pass `Accelerator()`; nothing needs to be prepared.
+    Both passes see the same inputs, dropout masks and states of modules, also of modules and random generators that
+    `forward_backward` names outside of the model. All of it ends as plain training would leave it. In a loop without
+    Accelerate, pass `Accelerator()`; nothing needs to be prepared.
 
     Args:
         accelerator (`accelerate.Accelerator`): the accelerator in use. Its `sync_gradients` says which call is the
             last of a step, as `accelerator.accumulate` sets it; without accumulation every call is.
         model (`torch.nn.Module`): the model as the loop calls it, after `accelerator.prepare`.
         rho (`float`): radius of the perturbation (arXiv 2010.01412, eq. 2). May be changed between steps.
+        optimizer (`torch.optim.Optimizer` or a list of them, *optional*): the optimizers that step after this one. All
+            that they train climbs, also what is not in `model` (the weights of a loss), and nothing else does. When
+            omitted, those prepared optimizers that train parameters of `model`.
         adaptive (`bool`, *optional*, defaults to `False`): ASAM (arXiv 2102.11600, eq. 8).
         ascent_micro_batches (`float`, *optional*): over how many micro-batches of the step the ascent gradient is
             taken, or which share of them if below 1. All of them when omitted.
@@ -66,12 +71,16 @@ class SAMStep:
         perturbed_context (`Callable[[bool], AbstractContextManager]`, *optional*): around each micro-batch that is
             computed at the perturbed weights, for records that a forward pass makes; called with `True` where the
             same micro-batch was computed at the unperturbed weights before.
+        world (`Callable[[Backend], World]`, *optional*): makes what captures the states that a pass changes.
 
     Attributes:
+        optimizers (`list[torch.optim.Optimizer]` or `None`): see `optimizer`; may be changed between steps.
+        acted (`int`): optimizer steps in which SAM perturbed the weights.
         step (`int`): optimizer steps taken, part of the seed of the stochastic rounding. `state_dict` holds it, so
             that `accelerator.register_for_checkpointing(sam)` makes a resumed run repeat its noise.
 
     Raises:
+        TypeError: if an argument is of the wrong kind.
         ValueError: if a value is out of range, a pattern matches nothing, or SAM cannot be done right in this
             set-up; the message names the remedy.
     """
@@ -82,6 +91,7 @@ class SAMStep:
         model: torch.nn.Module,
         rho: float,
         *,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         adaptive: bool = False,
         ascent_micro_batches: float | None = None,
         ascent_sync: str = "global",
@@ -89,13 +99,19 @@ class SAMStep:
         exclude_modules: list[str] | None = None,
         seed: int = 0,
         perturbed_context: Callable[[bool], contextlib.AbstractContextManager] | None = None,
+        world: Callable[[Backend], World] = World,
     ):
+        _check_kinds(accelerator, model, optimizer)
         check_count("ascent_micro_batches", ascent_micro_batches, zero_allowed=False)
         if ascent_sync not in ("global", "local"):
             raise ValueError(f"ascent_sync={ascent_sync!r} must be 'global' or 'local'.")
         self.rho = rho
         self.step = 0
+        self.acted = 0
         self.ascent_micro_batches = ascent_micro_batches
+        self._accelerator = accelerator
+        self.optimizers = optimizer if optimizer is None or isinstance(optimizer, list | tuple) else [optimizer]
+        self._world: World | None = None
         self.backend = select_backend(
             accelerator,
             model,
@@ -103,10 +119,11 @@ class SAMStep:
             ascent_sync=ascent_sync,
             target=target_modules,
             exclude=exclude_modules,
+            outside=self._trained_outside,
             seed=seed,
         )
-        self._accelerator = accelerator
-        self._metrics = SAMMetrics(accelerator)
+        self._world = world(self.backend)
+        self._metrics = SAMMetrics(accelerator, self.backend.has_coarse_weights())
         self._perturbed_context = perturbed_context or (lambda replayed: contextlib.nullcontext())
         self.reset()
 
@@ -117,6 +134,8 @@ class SAMStep:
 
     @rho.setter
     def rho(self, value: float):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"rho is the radius of the perturbation, a number, but got {_described(value)}.")
         if not 0 <= value < float("inf"):
             raise ValueError(f"rho={value} must be a finite number, 0 or larger.")
         self._rho = value
@@ -128,8 +147,7 @@ class SAMStep:
         callback that stops an epoch), its micro-batches join the next step, as their gradients do in plain training.
         """
         self._window: list[_MicroBatch] = []
-        self._buffers = BufferState()
-        self._start_of_ascent: RandomState | None = None
+        self._start: WorldState | None = None
         self._metrics.reset()
 
     def __call__(self, forward_backward: Callable[[Any], torch.Tensor], inputs: Any) -> torch.Tensor:
@@ -138,20 +156,26 @@ class SAMStep:
         Args:
             forward_backward (`Callable`): computes the loss of the inputs, accumulates its gradient, and returns its
                 share of the loss of the step, detached, shape `()`. It is called up to twice for each micro-batch.
-            inputs (`Any`): the micro-batch; kept until the last one arrives, so it must not be changed in between.
+            inputs (`Any`): the micro-batch. It is copied, because either pass may change it in place.
 
         Returns:
             `torch.Tensor`: in the last call of a step the loss at w, the sum of the shares (estimated from the ascent
             micro-batches if they are not all), in the others 0; shape `()`. With `rho=0`, each call returns its share.
 
         Raises:
-            RuntimeError: if the model has gradients from before, which would mix with those of this step.
+            RuntimeError: if the model has gradients from before, which would mix with those of this step, or if
+                `forward_backward` trains parameters that no known optimizer has.
         """
+        if not callable(forward_backward):
+            raise TypeError(
+                "A SAMStep is called with the function that computes loss and gradient, and then with its inputs, but "
+                f"got {_described(forward_backward)} first."
+            )
         last = self._accelerator.sync_gradients
         if self.rho == 0 and not self._window:
             self.step += last
             return forward_backward(inputs)
-        self._window.append(_MicroBatch(forward_backward, inputs))
+        self._window.append(_MicroBatch(forward_backward, KeptInputs(inputs)))
         if not last:
             return torch.zeros((), device=self._accelerator.device)
         window, self._window = self._window, []
@@ -161,6 +185,7 @@ class SAMStep:
         finally:
             self._accelerator.gradient_state._set_sync_gradients(True)
         self.step += 1
+        self.acted += 1
         return loss
 
     @contextlib.contextmanager
@@ -183,11 +208,12 @@ class SAMStep:
         """
         self._check_synchronizing()
         with self._undone_after_error():
-            self.backend.begin_step()
-            start = RandomState.capture(self.backend.devices)
-            with self.backend.ascent_pass(), self._buffers.observed(self.backend.model):
+            self._begin([])
+            start = self._world.capture()
+            with self.backend.ascent_pass(), scalers_used() as self._scalers:
                 yield
-        self._start_of_ascent = start
+            self._check_bystanders()
+        self._start = start
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[Perturbation]:
@@ -202,19 +228,22 @@ class SAMStep:
         Raises:
             RuntimeError: if there was no `ascent` before. (DeepSpeed would have stepped in a backward pass outside.)
         """
-        start, self._start_of_ascent = self._start_of_ascent, None
+        start, self._start = self._start, None
         if start is None:
             raise RuntimeError("SAMStep.perturbed() needs an ascent gradient: run a backward pass in ascent() before.")
         self._check_synchronizing()
-        end = RandomState.capture(self.backend.devices)
+        end = self._world.capture()
+        self._world.learn()
         with self._undone_after_error():
-            with self.backend.descent_pass(), self._buffers.preserved(self.backend.model):
+            with self.backend.descent_pass():
                 perturbation = self.backend.perturb(self.rho, step=self.step)
                 start.restore()
-                yield dataclasses.replace(perturbation, norm=perturbation.norm / self.backend.loss_scale())
+                scale = self.backend.loss_scale(self._scalers)
+                yield dataclasses.replace(perturbation, norm=perturbation.norm / scale)
             self.backend.restore()
         end.restore()
         self.step += 1
+        self.acted += 1
 
     def _check_synchronizing(self):
         if not self._accelerator.sync_gradients:
@@ -224,9 +253,10 @@ class SAMStep:
             )
 
     def pop_metrics(self) -> dict[str, float]:
-        """The `sam/...` metrics, averaged over the steps since the last call; waits for the device.
+        """The `sam/...` metrics, averaged over the steps since the last call.
 
-        Steps in `ascent` and `perturbed`, whose losses are not known here, do not count.
+        Waits for the device, but for no other rank. Warns, once each, about what the metrics show to be wrong. Steps in
+        `ascent` and `perturbed`, whose losses are not known here, do not count.
         """
         return self._metrics.pop()
 
@@ -250,18 +280,52 @@ class SAMStep:
                 self.backend.clear_gradients()
             raise
 
+    def _trained_outside(self, backend: Backend) -> dict[str, torch.Tensor]:
+        """What the optimizers train outside of the model, by name."""
+        inside = {id(param) for param in backend.model.parameters()}
+        trained: dict[int, torch.Tensor] = {}
+        optimizers = self._accelerator._optimizers if self.optimizers is None else self.optimizers
+        for optimizer in optimizers:
+            params = {id(param): param for param in backend.parameters_of(optimizer)}
+            # Without a word of the user's, an optimizer of other parameters alone belongs to another step.
+            if self.optimizers is not None or inside & params.keys():
+                trained.update(params)
+        trained = {key: param for key, param in trained.items() if key not in inside and param.requires_grad}
+        names = {id(param): name for name, param in self._reached().items()}
+        return {names.get(key, f"optimizer.{i}"): param for i, (key, param) in enumerate(trained.items())}
+
+    def _reached(self) -> dict[str, torch.Tensor]:
+        return {} if self._world is None else self._world.outside_parameters()
+
+    def _begin(self, functions: list[Callable]) -> None:
+        self._world.begin_step(functions)
+        self.backend.begin_step(self._reached().values())
+
+    def _check_bystanders(self) -> None:
+        if self.optimizers is not None:
+            return  # what they do not have is not trained in this step
+        touched = {id(param) for param in self.backend.touched_bystanders()}
+        names = [name for name, param in self._reached().items() if id(param) in touched]
+        if names:
+            raise RuntimeError(
+                f"The step reaches {len(names)} trainable parameters that are not in the model of SAMStep nor in its "
+                f"optimizer ({', '.join(names[:3])}), so it is not known whether they climb. Name the optimizers that "
+                "step after it: SAMStep(accelerator, model, rho, optimizer=[...]). What they train climbs; what they "
+                "do not train only gets its gradient."
+            )
+
     def _run(self, window: list[_MicroBatch], k: int) -> torch.Tensor:
-        backend = self.backend
-        backend.begin_step()
+        backend, world = self.backend, self._world
+        self._begin([micro_batch.forward_backward for micro_batch in window])
         states, losses = [], []
-        with backend.ascent_pass():
+        with backend.ascent_pass(), scalers_used() as scalers:
             for i, micro_batch in enumerate(window[:k]):
-                states.append(RandomState.capture(backend.devices))
-                with self._buffers.observed(backend.model):
-                    # The loop's own step may take keys out of the inputs, which the second pass needs again.
-                    inputs = copy.copy(micro_batch.inputs)
-                    losses.append(self._compute(micro_batch, inputs, last=i == k - 1))
-        end_of_ascent = RandomState.capture(backend.devices)
+                states.append(world.capture())
+                inputs = micro_batch.inputs.for_ascent(last=i == len(window) - 1)
+                losses.append(self._compute(micro_batch, inputs, last=i == k - 1))
+        self._check_bystanders()
+        end_of_ascent = world.capture()
+        world.learn()
 
         perturbed_losses = []
         with backend.descent_pass():
@@ -270,25 +334,53 @@ class SAMStep:
                 last, replayed = i == len(window) - 1, i < k
                 if replayed:
                     states[i].restore()
+                    states[i] = None  # what it holds is not needed any more
                 elif i == k:
                     end_of_ascent.restore()
-                buffers = self._buffers.preserved(backend.model) if replayed else contextlib.nullcontext()
-                with buffers, self._perturbed_context(replayed):
-                    loss = self._compute(micro_batch, micro_batch.inputs, last)
+                with self._perturbed_context(replayed):
+                    loss = self._compute(micro_batch, micro_batch.inputs.for_descent(), last)
                 if replayed:
                     perturbed_losses.append(loss)
         if k == len(window):
             end_of_ascent.restore()
         backend.restore()
+        world.end_step()
 
         # With k of N micro-batches in the ascent pass, estimates for all N of them.
         scale = len(window) / k
         clean, perturbed = sum(losses) * scale, sum(perturbed_losses) * scale
-        self._metrics.update(clean, perturbed, perturbation.norm * (scale / backend.loss_scale()), perturbation)
+        norm = perturbation.norm * (scale / backend.loss_scale(scalers))
+        alone = backend.runs_uneven_inputs()
+        self._metrics.update(clean, perturbed, norm, perturbation, self.rho, alone=alone)
         return clean
 
     def _compute(self, micro_batch, inputs, last) -> torch.Tensor:
         self._accelerator.gradient_state._set_sync_gradients(last)
         with self.backend.micro_batch(last):
-            # Cloned, because a CUDA graph overwrites its output in its next run.
-            return micro_batch.forward_backward(inputs).clone()
+            loss = micro_batch.forward_backward(inputs)
+        if not isinstance(loss, torch.Tensor) or loss.ndim > 0:
+            raise TypeError(
+                "The function given to a SAMStep must return the share of the loss that its micro-batch has, a tensor "
+                f"of shape (), but returned {_described(loss)}."
+            )
+        # Cloned, because a CUDA graph overwrites its output in its next run.
+        return loss.detach().clone()
+
+
+def _check_kinds(accelerator, model, optimizer) -> None:
+    """Raises TypeError for arguments in another order than they are expected in."""
+    for name, value, kind in (("accelerator", accelerator, Accelerator), ("model", model, torch.nn.Module)):
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"SAMStep(accelerator, model, rho): {name} must be a {kind.__name__}, but got {_described(value)}."
+            )
+    optimizers = [optimizer] if optimizer is None or not isinstance(optimizer, list | tuple) else optimizer
+    for value in optimizers:
+        if value is not None and not hasattr(value, "param_groups"):
+            raise TypeError(f"SAMStep: optimizer must be an optimizer or a list of them, but got {_described(value)}.")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{value!r}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"

@@ -1,7 +1,10 @@
 """`SAMTrainer`, and the mixin that gives the two-pass step to any `Trainer`."""
 
 import contextlib
+import functools
+import inspect
 import os
+from collections.abc import Callable
 
 from accelerate.logging import get_logger
 from transformers import Trainer, TrainingArguments
@@ -9,9 +12,11 @@ from transformers.training_args import OptimizerNames
 
 from .arguments import SAMArguments
 from .backends import check_supported
+from .configs import turn_into_sam
+from .history import SAMHistory
 from .model_card import describe_in_model_card
-from .parameters import keep_adapters_exact, select_names, trainable_parameters
-from .replay import recorded_once
+from .parameters import check_perturbable, keep_adapters_exact, select_names, trainable_parameters
+from .records import TrainerWorld, appended_taken_back, muted
 from .schedule import SAMWindow, annealing_kwargs, ascent_count
 from .step import SAMStep
 
@@ -20,9 +25,6 @@ logger = get_logger(__name__)
 # How TRL's trainers that generate their data show it; the last ones generate in another process.
 _ON_POLICY_METHODS = {"_prepare_inputs", "_generate", "generate_on_policy_outputs"}
 _ON_POLICY_TRAINERS = {"AsyncGRPOTrainer", "AsyncDistillationTrainer"}
-
-# Far from 1, the stored weights did not take the perturbation that was asked for.
-_KEPT_RANGE = (0.5, 1.5)
 
 
 def check_in_front(cls: type, mixin: type, name: str) -> None:
@@ -35,27 +37,53 @@ def check_in_front(cls: type, mixin: type, name: str) -> None:
         )
 
 
+def once_a_step(training_step: Callable) -> Callable:
+    """Mark the `training_step` of a class in front of [`SAMMixin`] as one that encloses both passes of a step."""
+    training_step.sam_once_a_step = True
+    return training_step
+
+
+def _outermost(training_step: Callable) -> Callable:
+    """The same `training_step`, but the first one that is called runs SAM's two passes around itself.
+
+    So a subclass of a SAM trainer sees each micro-batch with its gradient, in both passes, just as a trainer does that
+    SAM is mixed into.
+    """
+    if getattr(training_step, "sam_outermost", False) or getattr(training_step, "sam_once_a_step", False):
+        return training_step
+
+    @functools.wraps(training_step)
+    def outermost(self, model, inputs, *args, **kwargs):
+        return self._sam_training_step(functools.partial(training_step, self), model, inputs, *args, **kwargs)
+
+    outermost.sam_outermost = True
+    return outermost
+
+
 class SAMMixin:
     """Sharpness-aware training for any [`~transformers.Trainer`] subclass: `class MyTrainer(SAMMixin, Base)`.
 
     Each optimizer step inside the window that the arguments set takes two passes over its micro-batches: the first
     gives the ascent gradient g, the second the gradient at w + e, with which the host then clips and steps from w.
-    Everywhere else, and with `sam_rho=0`, the step is the host's own.
+    Everywhere else, and with `sam_rho=0`, the step is the host's own. A `training_step` of yours, before or behind this
+    class, is called for each micro-batch in each of the two passes; what it does to gradients it does in both.
 
     The arguments must carry the fields of [`SAMArguments`]. While SAM acts, the `loss` that the host logs stays the
     one at the unperturbed weights, and the metrics of [`~hf_sam.metrics.SAMMetrics`] join the logs.
 
     Class attributes:
-        sam_recorded (`tuple[str, ...]`): attributes of the trainer that its `compute_loss` appends numbers to or counts
-            up. The second pass leaves no trace in them. Holds those of TRL's trainers; extend it with your own:
-            `sam_recorded = (*SAMMixin.sam_recorded, "my_counter")`.
+        sam_recorded (`tuple[str, ...]`): attributes of the trainer that its `compute_loss` writes to: numbers,
+            containers, arrays, tensors, modules, objects with attributes. The second pass leaves no trace in them.
+            Holds those of TRL and sentence-transformers; extend it with your own:
+            `sam_recorded = (*SAMMixin.sam_recorded, "my_counter")`. Random generators and modules that the trainer
+            holds need not be named.
 
     Raises:
         ValueError: at construction, if the arguments have no SAM fields or ask for something that cannot be done
             right; the message names the remedy.
     """
 
-    sam_recorded: tuple[str, ...] = ("_metrics", "_stored_metrics", "_total_train_tokens")
+    sam_recorded: tuple[str, ...] = ("_metrics", "_stored_metrics", "_total_train_tokens", "accum_loss_components")
 
     def __init__(self, *args, **kwargs):
         # What can be told now is told before the host prepares its models and datasets, which may take hours.
@@ -66,10 +94,20 @@ class SAMMixin:
         if any(value.sam_rho > 0 for value in sam):
             self._check_on_policy()
         super().__init__(*args, **kwargs)
+        if not given and not isinstance(self.args, SAMArguments) and self._takes_arguments():
+            # The host makes arguments of its own where it gets none.
+            turn_into_sam(self.args)
+            logger.warning(
+                f"{type(self).__name__} got no arguments, so SAM is off. To turn it on, pass "
+                f"hf_sam.with_sam({type(self.args).__mro__[2].__name__})(output_dir=..., sam_rho=0.05)."
+            )
         self._check_arguments(self.args)
+        self.args.claim_for_sam()
         if self.args.sam_rho > 0:
             keep_adapters_exact(self.model)
+        self.add_callback(SAMHistory())
         self._sam: SAMStep | None = None
+        self._sam_inside = False
         self._sam_reached = False
         self._sam_warned: set[str] = set()
         self._sam_scheduler_given = self.lr_scheduler is not None
@@ -78,32 +116,48 @@ class SAMMixin:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         check_in_front(cls, SAMMixin, "SAMMixin")
+        in_front = cls.__mro__[: cls.__mro__.index(SAMMixin)]
+        first = next((vars(base)["training_step"] for base in in_front if "training_step" in vars(base)), None)
+        if first is not None and _outermost(first) is not first:
+            cls.training_step = _outermost(first)
 
     # The step.
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model, inputs, *args, **kwargs):
+        return self._sam_training_step(super().training_step, model, inputs, *args, **kwargs)
+
+    def _sam_training_step(self, host_step: Callable, model, inputs, *args, **kwargs):
         self._sam_reached = True
-        if not self._sam_acts():
-            return super().training_step(model, inputs, num_items_in_batch)
-        host_step = super().training_step
+        if self._sam_inside or not self._sam_acts():
+            return host_step(model, inputs, *args, **kwargs)
         micro_batches = self._micro_batches()
 
         def forward_backward(batch):
             # A micro-batch that an unfinished step left over is normalized by the length of its own step.
             current, self.current_gradient_accumulation_steps = self._micro_batches(), micro_batches
+            self._sam_inside = True
             try:
-                return host_step(model, batch, num_items_in_batch)
+                return host_step(model, batch, *args, **kwargs)
             finally:
+                self._sam_inside = False
                 self.current_gradient_accumulation_steps = current
 
         try:
             sam = self._sam_for(model)
-            sam.rho, sam.step = self.args.sam_rho, self.state.global_step
-            return sam(forward_backward, inputs)
+            sam.rho, sam.step, sam.optimizers = self.args.sam_rho, self.state.global_step, [self.optimizer]
+            acted = sam.acted
+            loss = sam(forward_backward, inputs)
         except BaseException:
             # The host may start over with the model wrapped anew (auto_find_batch_size).
             self._sam = None
             raise
+        if sam.acted > acted:
+            self._sam_history().add(ascent_count(self.args.sam_ascent_micro_batches, micro_batches) / micro_batches)
+        return loss
+
+    def _sam_history(self) -> SAMHistory:
+        # Not kept: the host replaces callbacks by those of a checkpoint.
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, SAMHistory))
 
     def train(self, *args, **kwargs):
         self._sam = None
@@ -115,13 +169,18 @@ class SAMMixin:
     def sam_perturbed_context(self, replayed: bool) -> contextlib.AbstractContextManager:
         """Around each micro-batch that is computed at the perturbed weights.
 
-        Keeps what `compute_loss` writes into the attributes of `sam_recorded` as plain training would leave it.
-        Override it for records that are kept in another way; buffers of the model need no care.
+        Nothing is logged in it, and what it appends to the attributes of `sam_recorded` is taken back. Override it for
+        records that are kept in another way; states of modules and random generators need no care.
 
         Args:
             replayed (`bool`): whether the same micro-batch was computed, and recorded, at the unperturbed weights.
         """
-        return recorded_once(self, self.sam_recorded, replayed)
+        stack = contextlib.ExitStack()
+        for owner in (self, self.accelerator):
+            stack.enter_context(muted(owner, "log"))
+        if not replayed:
+            stack.enter_context(appended_taken_back(self, self.sam_recorded))
+        return stack
 
     def _sam_acts(self) -> bool:
         # Without an optimizer nothing is being trained: whoever calls the step wants loss and gradient at w.
@@ -139,6 +198,7 @@ class SAMMixin:
                 self.accelerator,
                 model,
                 self.args.sam_rho,
+                optimizer=self.optimizer,
                 adaptive=self.args.sam_adaptive,
                 ascent_micro_batches=self.args.sam_ascent_micro_batches,
                 ascent_sync=self.args.sam_ascent_sync,
@@ -146,6 +206,12 @@ class SAMMixin:
                 exclude_modules=self.args.sam_exclude_modules,
                 seed=self.args.seed,
                 perturbed_context=self.sam_perturbed_context,
+                world=functools.partial(
+                    TrainerWorld,
+                    trainer=self,
+                    recorded=self.sam_recorded,
+                    known=frozenset(SAMMixin.sam_recorded),
+                ),
             )
             if self._sam.backend.has_coarse_weights():
                 self._warn_once(
@@ -161,6 +227,7 @@ class SAMMixin:
     def create_scheduler(self, num_training_steps, optimizer=None):
         # Hyperparameter search sets arguments after they were checked; this is the first hook that runs after it.
         self.args.check_sam()
+        self.args.claim_for_sam()
         self._check_sam()
         if self.args.anneal_steps is None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -186,14 +253,7 @@ class SAMMixin:
     def log(self, logs, start_time=None):
         if "loss" in logs:
             sam_logs = self._sam.pop_metrics() if self._sam is not None else {}
-            low, high = _KEPT_RANGE
-            kept = sam_logs.get("sam/perturbation_kept", 1.0)
-            if not low <= kept <= high:
-                self._warn_once(
-                    "rounded away",
-                    f"Of the SAM perturbation, the stored weights kept {kept:.2f} instead of 1: it is lost in their "
-                    "rounding. Load the model in float32 and train with bf16=True or fp16=True, or raise sam_rho.",
-                )
+            self._sam_history().skipped += sam_logs.get("sam/skipped", 0)
             if self.args.sam_rho > 0 and not self._sam_reached:
                 self._warn_once(
                     "never reached",
@@ -211,7 +271,8 @@ class SAMMixin:
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            describe_in_model_card(os.path.join(self.args.output_dir, "README.md"), self.args, self.state.log_history)
+            card = os.path.join(self.args.output_dir, "README.md")
+            describe_in_model_card(card, self.args, self.state.log_history, self._sam_history())
 
     # What is refused.
 
@@ -234,7 +295,20 @@ class SAMMixin:
                 "normally and let the Trainer shard it with FSDP2 or DeepSpeed."
             )
         # A wrong pattern should be told now, not after the data was prepared and the model was sharded.
-        select_names(trainable_parameters(self.model), self.args.sam_target_modules, self.args.sam_exclude_modules)
+        trainable = trainable_parameters(self.model)
+        check_perturbable(trainable)
+        select_names(trainable, self.args.sam_target_modules, self.args.sam_exclude_modules)
+
+    def _takes_arguments(self) -> bool:
+        """Whether the host's constructor has a parameter for the arguments, so that they could have been passed."""
+        order = type(self).__mro__
+        for base in order[order.index(SAMMixin) + 1 :]:
+            if "__init__" in vars(base):
+                parameters = inspect.signature(base.__init__).parameters.values()
+                named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+                if named != ["self"]:  # what only passes on what it gets says nothing
+                    return "args" in named
+        return False
 
     def _check_arguments(self, args: TrainingArguments):
         if not isinstance(args, SAMArguments):

@@ -1,5 +1,6 @@
 """What a user does around training works as with `Trainer`: evaluation, search, early stopping, the card, the hub."""
 
+import types
 from pathlib import Path
 
 import numpy as np
@@ -237,39 +238,48 @@ def test_own_loss_is_the_one_that_sam_climbs(tmp_path):
     assert run.calls == plain.calls == 3
 
 
-@pytest.mark.parametrize("outer", [True, False])
-def test_own_training_step_works_in_front_of_the_mixin_and_behind_it(tmp_path, outer):
-    if outer:
+def recorder_in_front():
+    class Mine(SAMTrainer):
+        losses = ()
 
-        class Mine(SAMTrainer):
-            def training_step(self, *args, **kwargs):
-                loss = super().training_step(*args, **kwargs)
-                self.losses = [*getattr(self, "losses", []), loss.item()]
-                return loss
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            self.losses = [*self.losses, loss.item()]
+            return loss
 
-        recorded = 3
-    else:
+    return Mine
 
-        class Mine(SAMMixin, RecordsLosses):
-            pass
 
-        recorded = 6
-    run = trainer(tmp_path, trainer_class=Mine, sam_rho=0.05, max_steps=3)
-    run.train()
-    expected = trainer(tmp_path, sam_rho=0.05, max_steps=3)
+def test_own_training_step_is_called_for_each_micro_batch_in_both_passes_wherever_it_stands(tmp_path):
+    expected = trainer(tmp_path, sam_rho=0.05, max_steps=3, gradient_accumulation_steps=2)
     expected.train()
-    assert step_logs(run) == step_logs(expected)
-    assert len(run.losses) == recorded
-    assert run.losses[:: recorded // 3] == pytest.approx([entry["loss"] for entry in step_logs(run)], abs=1e-6)
+    for cls in (recorder_in_front(), with_sam(RecordsLosses)):
+        run = trainer(tmp_path, trainer_class=cls, sam_rho=0.05, max_steps=3, gradient_accumulation_steps=2)
+        run.train()
+        assert step_logs(run) == step_logs(expected)
+        assert len(run.losses) == 12
+        steps = [run.losses[i : i + 4] for i in range(0, 12, 4)]
+        assert [sum(step[:2]) for step in steps] == pytest.approx([log["loss"] for log in step_logs(run)], abs=1e-6)
+        perturbed = [log["sam/perturbed_loss"] for log in step_logs(run)]
+        assert [sum(step[2:]) for step in steps] == pytest.approx(perturbed, abs=1e-6)
 
 
-def test_a_step_that_never_reaches_the_mixin_is_warned_about(tmp_path, caplog):
+def test_a_training_step_that_calls_none_of_its_bases_takes_both_passes_too(tmp_path):
     class Replaces(SAMTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             return Trainer.training_step(self, model, inputs, num_items_in_batch)
 
+    run, expected = (trainer(tmp_path, trainer_class=cls, sam_rho=0.05, max_steps=2) for cls in (Replaces, SAMTrainer))
+    run.train()
+    expected.train()
+    assert step_logs(run) == step_logs(expected)
+
+
+def test_a_step_that_never_reaches_the_mixin_is_warned_about(tmp_path, caplog):
+    run = trainer(tmp_path, sam_rho=0.05, max_steps=2)
+    run.training_step = types.MethodType(Trainer.training_step, run)
     with caplog.at_level("WARNING", logger="hf_sam"):
-        trainer(tmp_path, trainer_class=Replaces, sam_rho=0.05, max_steps=2).train()
+        run.train()
     assert caplog.text.count("SAM did not act") == 1
 
 

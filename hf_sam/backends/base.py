@@ -2,7 +2,7 @@
 
 A SAM step drives its backend in this order, alike on every rank:
 
-    backend.begin_step()
+    backend.begin_step(bystanders)
     with backend.ascent_pass():         afterwards the gradients hold g
         with backend.micro_batch(last): each forward and backward of the ascent pass
             ...
@@ -17,20 +17,20 @@ the weights out between them.
 """
 
 import contextlib
-import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from .. import perturbation
-from ..parameters import select_names, trainable_parameters
+from ..parameters import check_perturbable, count_hooks, select_names, trainable_parameters
 from ..perturbation import Fragment, Perturbation
 from ..rounding import is_low_precision
+from ..weight_caches import WeightCaches
 
 
 class Backend:
-    """Perturbs and restores the trainable weights of one prepared model.
+    """Perturbs and restores the trainable weights of one prepared model, and of what trains together with it.
 
     Args:
         accelerator (`accelerate.Accelerator`): the accelerator that prepared `model`.
@@ -40,12 +40,19 @@ class Backend:
             gradient (m-sharpness).
         target (`list[str]`, *optional*): regular expressions of the parameters to perturb; all when omitted.
         exclude (`list[str]`, *optional*): regular expressions of the parameters not to perturb.
+        outside (`Callable[[Backend], dict[str, torch.Tensor]]`, *optional*): tells the parameters outside of `model`
+            that train with it, by name.
         seed (`int`, defaults to 0): seed of the stochastic rounding of 16-bit weights.
         stochastic_rounding (`bool`, defaults to `True`): `False` rounds the perturbation of 16-bit weights to
             nearest, which swallows it; only good for showing that it does.
 
+    Attributes:
+        models (`list[torch.nn.Module]`): `model`, and other prepared models that own parameters of `outside`.
+        selected (`dict[str, torch.Tensor]`): the parameters to perturb, by name.
+
     Raises:
-        ValueError: if a pattern in `target` or `exclude` matches no trainable parameter.
+        ValueError: if a pattern in `target` or `exclude` matches no trainable parameter, or a parameter cannot be
+            perturbed.
     """
 
     def __init__(
@@ -57,33 +64,71 @@ class Backend:
         ascent_sync: str = "global",
         target: list[str] | None = None,
         exclude: list[str] | None = None,
+        outside: Callable[["Backend"], dict[str, torch.Tensor]] | None = None,
         seed: int = 0,
         stochastic_rounding: bool = True,
     ):
         self.accelerator = accelerator
         self.model = model
+        self.models = [model]
         self.adaptive = adaptive
         self.ascent_sync = ascent_sync
         self.seed = seed
         self.stochastic_rounding = stochastic_rounding
         self._target = target
         self._exclude = exclude
-        self._trainable: dict[str, torch.nn.Parameter] = {}
+        self._find_outside = outside or (lambda backend: {})
+        self._trainable: dict[str, torch.Tensor] = {}
+        self._hooks = 0
+        self._outside: dict[str, torch.Tensor] = {}
+        self._bystanders: list[torch.Tensor] = []
+        self._set_aside: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._select()
-        # Devices whose random streams a forward pass may draw from.
-        replicas = [torch.device(accelerator.device.type, i) for i in getattr(model, "device_ids", None) or ()]
-        self.devices = {accelerator.device, *replicas, *(param.device for param in model.parameters())}
 
     def _select(self) -> None:
-        trainable = trainable_parameters(self.model)
-        if trainable.keys() != self._trainable.keys():
-            self._trainable = trainable
-            names = select_names(trainable, self._target, self._exclude)
-            self.selected = {name: param for name, param in trainable.items() if name in names}
+        """Bring the parameters to perturb up to date: some may have been frozen, unfrozen, or replaced."""
+        trainable, outside = trainable_parameters(self.model), self._find_outside(self)
+        for name, param in outside.items():
+            trainable[f"outside {name}" if name in trainable else name] = param
+        hooks = count_hooks(trainable.values())
+        if _same_objects(trainable, self._trainable) and hooks == self._hooks:
+            return
+        check_perturbable(trainable)
+        self._hooks = hooks
+        self._trainable = trainable
+        self._outside = outside
+        names = select_names(trainable, self._target, self._exclude)
+        self.selected = {name: param for name, param in trainable.items() if name in names}
+        owners = [model for model in self.accelerator._models if _owns(model, outside.values())]
+        self.models = [self.model, *(model for model in owners if model is not self.model)]
+        # Devices whose random streams a forward pass may draw from.
+        replicas = [
+            torch.device(self.accelerator.device.type, i)
+            for model in self.models
+            for i in getattr(model, "device_ids", None) or ()
+        ]
+        params = [*(param for model in self.models for param in model.parameters()), *outside.values()]
+        self.devices = {self.accelerator.device, *replicas, *(param.device for param in params)}
+        self.weight_caches = WeightCaches(self.models)
 
-    def begin_step(self) -> None:
-        """Before the ascent pass: parameters may have been frozen or unfrozen since the last step."""
+    def begin_step(self, bystanders: Iterable[torch.Tensor] = ()) -> None:
+        """Before the ascent pass.
+
+        Args:
+            bystanders (`Iterable[torch.Tensor]`): parameters that the passes may reach but this step does not train.
+        """
         self._select()
+        inside = {id(param) for param in self._trainable.values()}
+        self._bystanders = [param for param in bystanders if id(param) not in inside]
+        # Their gradients are the loop's own: the ascent pass adds nothing to them, the descent pass what plain
+        # training would.
+        self._set_aside = [(param, param.grad) for param in (*self._outside.values(), *self._bystanders)]
+        for param, _ in self._set_aside:
+            param.grad = None
+
+    def touched_bystanders(self) -> list[torch.Tensor]:
+        """After the ascent pass: the parameters that got a gradient, but do not climb."""
+        return [param for param in self._bystanders if param.grad is not None]
 
     def ascent_pass(self) -> contextlib.AbstractContextManager:
         """Around all forwards and backwards of the ascent pass."""
@@ -93,11 +138,34 @@ class Backend:
         """Around the perturbation and all forwards and backwards at the perturbed weights."""
         return contextlib.nullcontext()
 
-    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
         """Around one micro-batch of a pass: gradients are synchronized over the ranks in the last one only."""
-        if last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
-            return contextlib.nullcontext()
-        return self.accelerator.no_sync(model=self.model)
+        with contextlib.ExitStack() as stack:
+            if not last and not self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+                for model in self.models:
+                    stack.enter_context(self.accelerator.no_sync(model=model))
+            yield
+
+    def parameters_of(self, optimizer) -> list[torch.Tensor]:
+        """The parameters that a prepared optimizer trains."""
+        return [param for group in optimizer.param_groups for param in group["params"]]
+
+    def frozen_parameters(self) -> list[torch.Tensor]:
+        """Frozen parameters that are whole between passes, so that a forward pass could update them."""
+        return [param for model in self.models for param in model.parameters() if not param.requires_grad]
+
+    def is_own_attribute(self, name: str) -> bool:
+        """Whether an attribute of a module belongs to what trains it, and is not to be put back."""
+        return False
+
+    def room_for_copies(self) -> int:
+        """Bytes that the first step may hold in copies during the ascent pass without raising the peak of memory."""
+        return 0
+
+    def runs_uneven_inputs(self) -> bool:
+        """Whether some ranks may have run out of data, so that there must be no collective but those of the model."""
+        return False
 
     @torch.no_grad()
     def perturb(self, rho: float, *, step: int = 0, measure: bool = False) -> Perturbation:
@@ -124,6 +192,7 @@ class Backend:
             measure,
         )
         self._publish()
+        self.weight_caches.clear()
         kept = None
         if measure:
             kept = self._total(fragments, [along for along, _ in moved])
@@ -138,20 +207,29 @@ class Backend:
             after_error (`bool`, defaults to `False`): whether an exception is on its way out, so that other ranks
                 may not be here.
         """
-        raise NotImplementedError
+        try:
+            self._restore(after_error)
+        finally:
+            self.weight_caches.clear()
 
     def clear_gradients(self) -> None:
-        """Drop every gradient of the model, also those kept outside of the parameters."""
-        for param in self.model.parameters():
-            param.grad = None
+        """Drop every gradient of the step, also those kept outside of the parameters."""
+        for model in self.models:
+            for param in model.parameters():
+                param.grad = None
+        for param, grad in self._set_aside:
+            param.grad = grad
 
-    def loss_scale(self) -> torch.Tensor | float:
-        """Factor by which fp16 training multiplies the loss, and so the ascent gradient (1 elsewhere)."""
-        scaler = self.accelerator.scaler
-        if scaler is None or not scaler.is_enabled():
-            return 1.0
-        # `get_scale()` would wait for the device; scaling a one does not.
-        return scaler.scale(torch.ones((), device=self.accelerator.device))
+    def loss_scale(self, scalers: list[torch.amp.GradScaler]) -> torch.Tensor | float:
+        """Factor by which fp16 training multiplies the loss, and so the ascent gradient (1 elsewhere).
+
+        Args:
+            scalers (`list[torch.amp.GradScaler]`): those that the ascent pass used.
+        """
+        for scaler in scalers:
+            # `get_scale()` would wait for the device; scaling a one does not.
+            return scaler.scale(torch.ones((), device=self.accelerator.device))
+        return 1.0
 
     def has_coarse_weights(self) -> bool:
         """Whether some perturbed weight exists in 16 bits only, so that e reaches it dithered instead of exactly."""
@@ -161,6 +239,10 @@ class Backend:
 
     def _fragments(self) -> list[Fragment]:
         """The selected weights on this rank that have a gradient; `master` may still be the weight itself."""
+        raise NotImplementedError
+
+    def _restore(self, after_error: bool) -> None:
+        """See [`Backend.restore`]."""
         raise NotImplementedError
 
     def _hold(self, fragments: list[Fragment]) -> list[Fragment]:
@@ -179,14 +261,30 @@ class Backend:
         """The verdict that all ranks share; a norm over all shards is shared already."""
         return finite
 
-    def _noise_rank(self) -> int:
-        """Ranks with the same weights must draw the same noise, ranks with different shards must not."""
-        return 0
+    def _noise(self, step: int) -> Callable[[Fragment], torch.Generator]:
+        """Random generators for stochastic rounding, one for each piece of a parameter.
 
-    def _noise(self, step: int) -> Callable[[torch.device], torch.Generator]:
-        # A stream of its own, a pure function of seed and step: the global one stays as in plain training, and a
-        # resumed run draws what the uninterrupted one would have drawn.
-        # Hashed, because a small seed would repeat the numbers that initialized the weights.
-        key = f"hf-sam stochastic rounding {self.seed} {step} {self._noise_rank()}".encode()
-        seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
-        return functools.cache(lambda device: torch.Generator(device=device).manual_seed(seed))
+        A pure function of seed, step, parameter and place in it: the global stream stays as in plain training, a
+        resumed run draws what the uninterrupted one would have drawn, replicas of a piece draw the same, and different
+        pieces do not.
+        """
+        generators: dict[torch.device, torch.Generator] = {}
+
+        def noise(fragment: Fragment) -> torch.Generator:
+            device = fragment.grad.device
+            if device not in generators:
+                generators[device] = torch.Generator(device=device)
+            # Hashed, because a small seed would repeat the numbers that initialized the weights.
+            key = f"hf-sam stochastic rounding {self.seed} {step} {fragment.name} {fragment.place}".encode()
+            return generators[device].manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
+
+        return noise
+
+
+def _same_objects(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return some.keys() == others.keys() and all(param is others[name] for name, param in some.items())
+
+
+def _owns(model: torch.nn.Module, params: Iterable[torch.Tensor]) -> bool:
+    wanted = {id(param) for param in params}
+    return any(id(param) in wanted for param in model.parameters())

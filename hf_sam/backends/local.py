@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ..perturbation import Fragment
 from .base import Backend
+from .ddp import check_replicas, joins_uneven_inputs, replayed_hook_states
 
 
 class LocalBackend(Backend):
@@ -23,10 +24,16 @@ class LocalBackend(Backend):
     def __init__(self, accelerator, model, **kwargs):
         super().__init__(accelerator, model, **kwargs)
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
-    def begin_step(self):
-        super().begin_step()
+    def _select(self):
+        before = self._trainable
+        super()._select()
+        if self._trainable is not before:
+            self._fsdp_modules = [m for model in self.models for m in model.modules() if isinstance(m, FSDPModule)]
+            check_replicas(self.models, self.ascent_sync)
+
+    def begin_step(self, bystanders=()):
+        super().begin_step(bystanders)
         if any(param.grad is not None for param in self._trainable.values()):
             raise RuntimeError(
                 "SAM found gradients from before its step, which would turn the ascent direction and then be lost. "
@@ -35,14 +42,28 @@ class LocalBackend(Backend):
                 "to the loss of the step."
             )
 
+    @contextlib.contextmanager
     def ascent_pass(self):
-        no_sync = getattr(self.model, "no_sync", None)
-        if self.ascent_sync == "local" and no_sync is not None:
-            return no_sync()
-        return contextlib.nullcontext()
+        with contextlib.ExitStack() as stack:
+            for model in self.models:
+                if self.ascent_sync == "local" and hasattr(model, "no_sync"):
+                    stack.enter_context(model.no_sync())
+                stack.enter_context(replayed_hook_states(model))
+            yield
+
+    def frozen_parameters(self):
+        # What FSDP2 gathers it frees again, so that a forward pass cannot keep a change.
+        return [] if self._fsdp_modules else super().frozen_parameters()
+
+    def room_for_copies(self):
+        # As much as the copy of the weights takes in the descent pass.
+        return sum(_local(param).nbytes for param in self.selected.values())
+
+    def runs_uneven_inputs(self):
+        return any(joins_uneven_inputs(model) for model in self.models)
 
     @torch.no_grad()
-    def restore(self, after_error: bool = False) -> None:
+    def _restore(self, after_error: bool) -> None:
         if not self._saved:
             return
         weights, copies = map(list, zip(*self._saved, strict=True))
@@ -63,9 +84,18 @@ class LocalBackend(Backend):
         for name, param in self.selected.items():
             if param.grad is None:
                 continue
-            grad = param.grad.to_dense() if param.grad.is_sparse else param.grad
-            weight = _local(param)
-            fragments.append(Fragment(name=name, weight=weight, master=weight, grad=_local(grad)))
+            grad, place = param.grad, ""
+            if isinstance(param, DTensor):
+                # Sequence parallelism leaves sums that are still to be taken over the ranks.
+                grad = grad.redistribute(param.device_mesh, param.placements).to_local()
+                place = _place(param)
+            elif grad.is_sparse:
+                grad = grad.to_dense()
+            weight = _local(param).detach()
+            pairs = weight.is_complex()
+            if pairs:
+                weight, grad = torch.view_as_real(weight), torch.view_as_real(grad.resolve_conj())
+            fragments.append(Fragment(name=name, weight=weight, master=weight, grad=grad, place=place, pairs=pairs))
         return fragments
 
     def _hold(self, fragments):
@@ -97,23 +127,37 @@ class LocalBackend(Backend):
                     param._unsharded_param.grad = None
 
     def _total(self, fragments, values):
-        if not any(isinstance(param, DTensor) for param in self.selected.values()):
-            return super()._total(fragments, values)
-        by_name = {fragment.name: value for fragment, value in zip(fragments, values, strict=True)}
         device = self.accelerator.device
+        by_name = {fragment.name: value.to(device) for fragment, value in zip(fragments, values, strict=True)}
         zero = torch.zeros((), device=device)
         # One sum per set of mesh dimensions that shards a parameter; replicated dimensions hold the same values and
         # are not summed over. All ranks walk all selected parameters, with or without gradient, in the same order.
-        sums: dict[tuple, torch.Tensor] = {}
+        sums: dict[tuple, list[torch.Tensor]] = {}
         for name, param in self.selected.items():
-            key = _shard_groups(param)
-            sums[key] = sums.get(key, zero) + by_name.get(name, zero).to(device)
+            sums.setdefault(_shard_groups(param), []).append(by_name.get(name, zero))
+        alone = self._unsynchronized()
+        if alone:
+            # Nobody averages their gradients over the ranks, but all ranks must divide by one norm.
+            value = torch.stack([by_name.get(name, zero) for name in alone]).sum()
+            sums[()] = [*sums[()], self.accelerator.reduce(value.clone(), reduction="mean") - value]
         total = zero
-        for groups, value in sums.items():
+        for groups, parts in sums.items():
+            value = torch.stack(parts).sum()
             for group in groups:
                 dist.all_reduce(value, group=group)
             total = total + value
         return total
+
+    def _unsynchronized(self) -> list[str]:
+        """Selected parameters outside of all prepared models, where there are several ranks."""
+        if not self._outside or self.accelerator.num_processes == 1:
+            return []
+        if self.ascent_sync == "local" or self.runs_uneven_inputs():
+            return []
+        owned = {id(param) for model in self.models for param in model.parameters()}
+        return [
+            name for name, param in self.selected.items() if id(param) not in owned and not isinstance(param, DTensor)
+        ]
 
     def _agree(self, finite):
         if self.ascent_sync == "global" or self.accelerator.num_processes == 1:
@@ -122,9 +166,22 @@ class LocalBackend(Backend):
         dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
         return verdict.bool()
 
-    def _noise_rank(self):
-        sharded = any(_shard_groups(param) for param in self.selected.values())
-        return self.accelerator.process_index if sharded else 0
+    def _reshard(self):
+        # FSDP2 may be told to keep gathered weights after the backward; those would hide a change of the shards.
+        for module in self._fsdp_modules:
+            module.reshard()
+
+    def _abandon_iteration(self):
+        # An error leaves gathered, perturbed weights behind, and gradients that were not reduced yet.
+        for module in self._fsdp_modules[:1]:
+            if hasattr(module, "reset_iter_state"):  # torch 2.13
+                module.reset_iter_state()
+        for module in self._fsdp_modules:
+            group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
+            for param in group.fsdp_params if group is not None else ():
+                param.unsharded_accumulated_grad = None
+                if hasattr(param, "_unsharded_param"):
+                    param._unsharded_param.grad = None
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -138,3 +195,11 @@ def _shard_groups(param: torch.Tensor) -> tuple:
         return ()
     mesh = param.device_mesh
     return tuple(mesh.get_group(dim) for dim, placement in enumerate(param.placements) if not placement.is_replicate())
+
+
+def _place(param: DTensor) -> str:
+    """Coordinates of the shard on this rank, the same on all ranks that hold a replica of it."""
+    mesh = param.device_mesh
+    return ".".join(
+        str(mesh.get_local_rank(dim)) for dim, placement in enumerate(param.placements) if not placement.is_replicate()
+    )

@@ -23,6 +23,8 @@ from .base import Backend
 logger = get_logger(__name__)
 
 _PEER_TIMEOUT_SECONDS = 30.0
+# What DeepSpeed counts and keeps on the modules of the user, besides what begins with `ds_`.
+_MODULE_ATTRIBUTES = frozenset({"applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn", "_external_params"})
 
 
 class ZeroBackend(Backend):
@@ -36,7 +38,6 @@ class ZeroBackend(Backend):
     private_names: tuple[str, ...] = ()
 
     def __init__(self, accelerator, model, **kwargs):
-        super().__init__(accelerator, model, **kwargs)
         self.engine = accelerator.deepspeed_engine_wrapped.engine
         self.optimizer = self.engine.optimizer
         missing = [name for name in self.private_names if not hasattr(self.optimizer, name)]
@@ -46,10 +47,11 @@ class ZeroBackend(Backend):
                 f"{version('deepspeed')} does not have on {type(self.optimizer).__name__}: {', '.join(missing)}. "
                 "Install a DeepSpeed release that hf-sam is tested with (see its README), or train with FSDP2."
             )
+        super().__init__(accelerator, model, **kwargs)
         self._perturbed = False
 
-    def begin_step(self):
-        super().begin_step()
+    def begin_step(self, bystanders=()):
+        super().begin_step(bystanders)
         # DeepSpeed keeps the last gradient of a parameter that a backward pass leaves out (an expert, say); in the
         # ascent gradient it would count again.
         self._reset_accumulation()
@@ -90,12 +92,15 @@ class ZeroBackend(Backend):
         finally:
             del self.engine.step
 
+    def is_own_attribute(self, name):
+        return name.startswith("ds_") or name in _MODULE_ATTRIBUTES
+
     def micro_batch(self, last):
         # As in the host's loop: ZeRO takes the boundary from `sync_gradients` and forbids `no_sync`.
         return contextlib.nullcontext()
 
     @torch.no_grad()
-    def restore(self, after_error=False):
+    def _restore(self, after_error):
         if not self._perturbed:
             return
         if after_error and not _all_ranks_arrive():
@@ -112,8 +117,8 @@ class ZeroBackend(Backend):
         super().clear_gradients()
         self._reset_accumulation()
 
-    def loss_scale(self):
-        return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
+    def loss_scale(self, scalers):
+        return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else super().loss_scale(scalers)
 
     def has_coarse_weights(self):
         return is_low_precision(self.optimizer.master_weights_and_grads_dtype)
@@ -122,9 +127,6 @@ class ZeroBackend(Backend):
         total = super()._total(fragments, values)
         dist.all_reduce(total, group=self.optimizer.dp_process_group)
         return total
-
-    def _noise_rank(self):
-        return self.accelerator.process_index
 
     # What a subclass has to say.
 

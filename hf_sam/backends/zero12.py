@@ -9,7 +9,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
-from ..parameters import plain_name
 from ..perturbation import Fragment
 from .zero import ZeroBackend
 
@@ -20,6 +19,7 @@ class Zero12Backend(ZeroBackend):
     private_names = (
         "averaged_gradients",
         "all_grad_tensors",
+        "bit16_groups",
         "bit16_groups_flat",
         "params_in_partition",
         "grad_partition_insertion_offset",
@@ -38,12 +38,13 @@ class Zero12Backend(ZeroBackend):
         "master_weights_and_grads_dtype",
     )
 
-    def __init__(self, accelerator, model, **kwargs):
-        super().__init__(accelerator, model, **kwargs)
-        self._names = {id(param): plain_name(name) for name, param in model.named_parameters()}
+    def parameters_of(self, optimizer):
+        # The groups of DeepSpeed's optimizer hold its flat partitions.
+        return [param for group in self.optimizer.bit16_groups for param in group]
 
     def _fragments(self):
         optimizer = self.optimizer
+        names = {id(param): name for name, param in self.selected.items()}
         if optimizer.cpu_offload:
             # Gradients are on their way to the CPU; the optimizer's own step waits for them too.
             get_accelerator().synchronize()
@@ -54,8 +55,7 @@ class Zero12Backend(ZeroBackend):
             masters = optimizer.single_partition_of_fp32_groups[group].detach()
             grads = self._partition_gradients(group)
             for param in params:
-                name = self._names[id(param)]
-                if name not in self.selected:
+                if id(param) not in names:
                     continue
                 # Where in the partition the parameter lies; its first elements may be in the partition before.
                 key = optimizer.get_param_id(param)
@@ -64,7 +64,8 @@ class Zero12Backend(ZeroBackend):
                 numel = min(param.numel() - skipped, masters.numel() - start)
                 fragments.append(
                     Fragment(
-                        name=name,
+                        name=names[id(param)],
+                        place=f"{rank}.{skipped}",
                         weight=weights.narrow(0, start, numel),
                         master=masters.narrow(0, start, numel),
                         grad=grads(start, numel),

@@ -33,9 +33,14 @@ class Zero3Backend(ZeroBackend):
     )
 
     def __init__(self, accelerator, model, **kwargs):
-        self.optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
         super().__init__(accelerator, model, **kwargs)
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def frozen_parameters(self):
+        return []  # gathered for a forward pass only, which cannot keep a change
+
+    def parameters_of(self, optimizer):
+        return []  # DeepSpeed partitions nothing outside of the model
 
     def _select(self):
         super()._select()
@@ -50,6 +55,7 @@ class Zero3Backend(ZeroBackend):
         return [
             Fragment(
                 name=name,
+                place=str(self.accelerator.process_index),
                 weight=param.ds_tensor.detach().view(-1),
                 master=self._master(param),
                 grad=self.optimizer._get_fp32_grad_state_partition(param, release_swap_buffers=True)[0].view(-1),
@@ -76,6 +82,9 @@ class Zero3Backend(ZeroBackend):
         persistent = self.optimizer.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
+        else:
+            # The next forward pass gathers the shards on a stream of its own, which does not wait for this one.
+            get_accelerator().synchronize()
 
     def _before_engine_step(self):
         for weight, copy in self._saved:

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..backends.shards import is_sharded, local_piece, piece_of
 from ..parameters import plain_name
-from ..trainer import SAMMixin, check_in_front
+from ..trainer import SAMMixin, check_in_front, once_a_step
 from .fisher import load_fisher
 
 
@@ -173,6 +173,7 @@ class _PenaltyMixin:
                 "penalty. Put the penalty in front of SAM: class MyTrainer(EWCMixin, SAMTrainer)."
             )
 
+    @once_a_step  # in front of SAM, the penalty is taken at w
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._penalties and self.accelerator.sync_gradients:

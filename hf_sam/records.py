@@ -1,0 +1,153 @@
+"""What a trainer writes down while it computes a loss, so that the second pass leaves no trace of it."""
+
+import contextlib
+import difflib
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+
+from .replay import Snapshot, World, reach
+from .replay.kinds import IMMUTABLE_TYPES, attributes
+from .replay.modules import add_tree
+from .replay.tensors import TensorContents
+
+logger = get_logger(__name__)
+
+# What the host's own objects hold is neither a record nor random state of a loss.
+_HOST_ATTRIBUTES = frozenset(
+    {
+        *("model", "model_wrapped", "accelerator", "optimizer", "lr_scheduler", "callback_handler", "state", "control"),
+        *("args", "train_dataset", "eval_dataset", "processing_class", "current_gradient_accumulation_steps"),
+    }
+)
+
+
+class TrainerWorld(World):
+    """The world of a trainer's passes: also what its attributes hold, and its records.
+
+    Args:
+        backend ([`~hf_sam.backends.Backend`]): see [`World`].
+        trainer (`transformers.Trainer`): whose `compute_loss` runs in both passes.
+        recorded (`tuple[str, ...]`): names of its attributes that are records.
+        known (`frozenset[str]`): those of them that it need not have.
+    """
+
+    def __init__(self, backend, trainer, recorded: tuple[str, ...], known: frozenset[str]):
+        super().__init__(backend)
+        self._trainer = trainer
+        self._recorded = recorded
+        self._known = known
+        self._watched: dict[str, Any] | None = {}
+
+    def found(self, functions: list[Callable]) -> list[tuple[str, Any]]:
+        found = []
+        for name, value in vars(self._trainer).items():
+            if name not in _HOST_ATTRIBUTES and not name.startswith("_sam"):
+                found += [(f"{name}.{part}" if part else name, item) for part, item in reach(value)]
+        collator = attributes(getattr(self._trainer, "data_collator", None)) or {}
+        return [*found, *reach(collator)]
+
+    def add_records(self, snapshot: Snapshot) -> None:
+        add_records(self._trainer, self._recorded, snapshot)
+
+    def learn(self) -> None:
+        super().learn()
+        for name in self._recorded:
+            if name not in self._known and not hasattr(self._trainer, name):
+                near = difflib.get_close_matches(name, vars(self._trainer), n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"sam_recorded names {name!r}, which {type(self._trainer).__name__} does not have after a "
+                    f"pass.{hint}"
+                )
+        if self._watched is not None:
+            self._watched = self._fingerprints()
+
+    def end_step(self) -> None:
+        if self._watched is None:
+            return
+        before, self._watched = self._watched, None
+        changed = [name for name, value in self._fingerprints().items() if before.get(name) != value]
+        if changed:
+            logger.warning(
+                f"The second pass of SAM changed {', '.join(changed)} of {type(self._trainer).__name__}, which then "
+                "counts each micro-batch twice. If these are records of compute_loss, name them: sam_recorded = "
+                f"(*SAMMixin.sam_recorded, {', '.join(map(repr, changed))})."
+            )
+
+    def _fingerprints(self) -> dict[str, Any]:
+        """Attributes that are not named as records, in a form that tells whether they change."""
+        return {
+            name: _fingerprint(value)
+            for name, value in vars(self._trainer).items()
+            if name not in _HOST_ATTRIBUTES and name not in self._recorded and not name.startswith("_sam")
+        }
+
+
+def _fingerprint(value: Any) -> Any:
+    if type(value) in IMMUTABLE_TYPES:
+        return value if isinstance(value, int | float | str) else id(value)
+    if isinstance(value, torch.Tensor) and not value.is_inference():
+        return id(value), value._version
+    if isinstance(value, list | dict | set | deque):
+        return id(value), len(value)
+    return id(value)
+
+
+def add_records(owner: Any, names: tuple[str, ...], snapshot: Snapshot) -> None:
+    """Capture attributes of `owner` by name.
+
+    Raises:
+        ValueError: if the state of one cannot be put back; the message names the remedy.
+    """
+    present = {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+    for name, value in present.items():
+        if not snapshot.add(value, named=True):
+            raise ValueError(
+                f"sam_recorded names {name!r}, a {type(value).__name__}, whose state cannot be put back after the "
+                "second pass of SAM. Keep numbers, containers, arrays, tensors, modules, or objects with attributes "
+                f"in it, or override sam_perturbed_context of {type(owner).__name__}."
+            )
+    snapshot.add_namespace(owner, present)
+    absent = [name for name in names if name not in present]
+
+    def remove_new():
+        for name in absent:
+            vars(owner).pop(name, None)
+
+    snapshot.on_restore(remove_new)
+
+
+@contextlib.contextmanager
+def appended_taken_back(owner: Any, names: tuple[str, ...]) -> Iterator[None]:
+    """Around a micro-batch that is computed at the perturbed weights only.
+
+    Counters of `owner` advance, but what is appended to its records belongs to the perturbed weights, and goes again.
+    """
+    snapshot = Snapshot(TensorContents(), add_tree)
+    add_records(owner, names, snapshot)
+    try:
+        yield
+    finally:
+        snapshot.take_back()
+
+
+@contextlib.contextmanager
+def muted(owner: Any, name: str) -> Iterator[None]:
+    """Inside, the method `name` of `owner` does nothing, whichever class defines it."""
+    own = vars(owner)
+    before = own.get(name, _ABSENT)
+    own[name] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del own[name]
+        else:
+            own[name] = before
+
+
+_ABSENT = object()

@@ -1,0 +1,12 @@
+"""Computing a micro-batch a second time without leaving a trace of it.
+
+The descent pass must see what the ascent pass saw (inputs, dropout masks, states of modules, the loop's own random
+generators), and whatever a forward pass advances must advance once a step, as in plain training.
+"""
+
+from .inputs import KeptInputs
+from .reach import reach
+from .snapshot import Snapshot
+from .world import World, WorldState
+
+__all__ = ["KeptInputs", "Snapshot", "World", "WorldState", "reach"]

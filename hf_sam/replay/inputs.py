@@ -1,0 +1,152 @@
+"""A second copy of a micro-batch, so that the descent pass sees what the ascent pass was given.
+
+`compute_loss` and `forward` may change their inputs in place: mixup, clamped ids, shifted labels, a popped key.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from .kinds import IMMUTABLE_TYPES, attributes, is_immutable, set_attribute
+from .random_streams import is_generator
+
+# Tensors that are views of something larger are copied by themselves, not with all that lies behind them.
+_LARGEST_STORAGE = 2
+
+
+class KeptInputs:
+    """The inputs of a micro-batch as they arrived, for two passes.
+
+    Args:
+        inputs (`Any`): tensors, arrays and objects in containers of any kind. Tensors that share memory do so in the
+            copy too; models, functions and tensors that belong to an autograd graph are shared, not copied.
+
+    Raises:
+        TypeError: if `inputs` hold an iterator that can be read only once.
+    """
+
+    def __init__(self, inputs: Any):
+        self._given = inputs
+        self._copier = _Copier()
+        self._copy = self._copier.copied(inputs)
+
+    def for_ascent(self, *, last: bool) -> Any:
+        """The very inputs that the loop gave, as in plain training; a copy if the loop has changed them since.
+
+        Args:
+            last (`bool`): whether no other micro-batch arrived in between.
+        """
+        if last or self._copier.unchanged():
+            return self._given
+        return _Copier().copied(self._copy)
+
+    def for_descent(self) -> Any:
+        """The copy."""
+        return self._copy
+
+
+class _Copier:
+    def __init__(self):
+        self._copies: dict[int, tuple[Any, Any]] = {}  # by identity, with the original, which must not be freed
+        self._storages: dict[int, torch.Tensor] = {}
+        self._versions: list[tuple[torch.Tensor, int]] = []
+        self._arrays = False
+
+    def unchanged(self) -> bool:
+        """Whether what was copied cannot have changed since; of arrays that is not known."""
+        return not self._arrays and all(tensor._version == version for tensor, version in self._versions)
+
+    def copied(self, value: Any) -> Any:
+        if type(value) in IMMUTABLE_TYPES or is_immutable(value):
+            return value
+        if id(value) not in self._copies:
+            self._copies[id(value)] = (value, value)  # for objects that hold themselves
+            self._copies[id(value)] = (value, self._copied(value))
+        return self._copies[id(value)][1]
+
+    def _copied(self, value):
+        if isinstance(value, torch.Tensor):
+            return self._copied_tensor(value)
+        if isinstance(value, np.ndarray):
+            self._arrays = True
+            return copy.deepcopy(value) if value.dtype.hasobject else value.copy()
+        if isinstance(value, torch.nn.Module) or callable(value):
+            return value
+        if is_generator(value):
+            return value.clone_state() if isinstance(value, torch.Generator) else copy.deepcopy(value)
+        if isinstance(value, tuple):
+            return _tuple_like(value, [self.copied(item) for item in value])
+        if isinstance(value, frozenset):
+            return value
+        if isinstance(value, Iterator):
+            return _copied_iterator(value)
+        try:
+            result = copy.copy(value)
+        except Exception:  # locks, files, process groups: nothing that a micro-batch is made of
+            return value
+        if result is not value:
+            # An object that holds itself finds its copy.
+            self._copies[id(value)] = (value, result)
+            self._fill(value, result)
+        return result
+
+    def _fill(self, value, result):
+        """Copy what is in a shallow copy."""
+        if isinstance(value, list | deque):
+            for i, item in enumerate(value):
+                result[i] = self.copied(item)
+        elif isinstance(value, dict) or (isinstance(value, MutableMapping) and attributes(value) is None):
+            for key, item in value.items():
+                if (new := self.copied(item)) is not item:
+                    result[key] = new
+        for name, item in (attributes(value) or {}).items():
+            if (new := self.copied(item)) is not item:
+                set_attribute(result, name, new)
+
+    def _copied_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        in_graph = tensor.requires_grad and not tensor.is_leaf
+        if in_graph or isinstance(tensor, torch.nn.Parameter) or tensor.is_inference():
+            return tensor
+        self._versions.append((tensor, tensor._version))
+        copied = self._with_its_storage(tensor)
+        if copied is None:
+            copied = tensor.detach().clone()
+        return copied.requires_grad_(tensor.requires_grad)
+
+    def _with_its_storage(self, tensor):
+        """A copy that shares memory with the copies of all tensors that `tensor` shares memory with."""
+        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+            return None
+        if tensor.is_meta or tensor.is_conj() or tensor.is_neg():
+            return None
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > _LARGEST_STORAGE * tensor.nbytes:
+            return None
+        key = storage._cdata
+        if key not in self._storages:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            self._storages[key] = whole.clone()
+        return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            self._storages[key].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+        )
+
+
+def _tuple_like(value: tuple, items: list) -> tuple:
+    try:
+        return tuple.__new__(type(value), items)  # named tuples take their items one by one, this does not
+    except TypeError:
+        return type(value)(items)  # those of torch.return_types
+
+
+def _copied_iterator(value):
+    try:
+        return copy.copy(value)
+    except TypeError:
+        raise TypeError(
+            f"SAM computes each micro-batch twice, but its inputs hold a {type(value).__name__}, which can be read "
+            "only once. Put a list of its items into the micro-batch instead."
+        ) from None

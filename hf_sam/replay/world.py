@@ -1,0 +1,112 @@
+"""Everything besides the trained weights that a pass reads and changes, so that both passes start from the same.
+
+The ascent pass captures it before each micro-batch and at its end. The descent pass gives each micro-batch the state
+that it had in the ascent pass, and afterwards everything is as the ascent pass, which is plain training's, left it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+
+from .modules import ModuleStates, add_tree, frozen_parameters
+from .random_streams import RandomState, is_generator
+from .reach import reach
+from .snapshot import Snapshot
+from .tensors import TensorContents
+
+logger = get_logger(__name__)
+
+
+class WorldState:
+    """The world at one time."""
+
+    def __init__(self, random_state: RandomState, snapshot: Snapshot):
+        self._random_state = random_state
+        self._snapshot = snapshot
+
+    def restore(self) -> None:
+        """Make the world what it was."""
+        self._snapshot.restore()
+        self._random_state.restore()
+
+
+class World:
+    """What the passes of a step change: random streams, modules, and what the loop's own function reaches.
+
+    Modules and random generators that the function names or that its object holds are found by themselves.
+
+    Args:
+        backend ([`~hf_sam.backends.Backend`]): knows the models, their devices, and which frozen parameters are whole.
+    """
+
+    def __init__(self, backend):
+        self._backend = backend
+        self._tensors = TensorContents(backend.room_for_copies())
+        self._modules = ModuleStates([])
+        self._found: list[tuple[str, Any]] = []
+        self._warned = False
+
+    def begin_step(self, functions: list[Callable]) -> None:
+        """Look for what the passes of the coming step can change; objects may have been replaced since the last one.
+
+        Args:
+            functions (`list[Callable]`): what the loop computes its micro-batches with.
+        """
+        models = self._backend.models
+        known = {id(part) for model in models for part in model.modules()}
+        self._found = [(name, value) for name, value in self.found(functions) if id(value) not in known]
+        outside = [value for _, value in self._found if isinstance(value, torch.nn.Module)]
+        self._modules = ModuleStates(
+            [*models, *outside],
+            [*self._backend.frozen_parameters(), *(param for module in outside for param in frozen_parameters(module))],
+            self._backend.is_own_attribute,
+        )
+
+    def found(self, functions: list[Callable]) -> list[tuple[str, Any]]:
+        """Modules, tensors and random generators that the functions reach, and where."""
+        return [pair for function in functions for pair in reach(function)]
+
+    def outside_parameters(self) -> dict[str, torch.Tensor]:
+        """Trainable tensors that the loop reaches outside of the models, by name."""
+        inside = {id(param) for model in self._backend.models for param in model.parameters()}
+        outside = {}
+        for name, value in self._found:
+            if isinstance(value, torch.nn.Module):
+                pairs = ((f"{name}.{part}" if name else part, param) for part, param in value.named_parameters())
+            elif isinstance(value, torch.Tensor) and value.is_leaf:
+                pairs = ((name, value),)
+            else:
+                continue
+            outside.update((name, param) for name, param in pairs if param.requires_grad and id(param) not in inside)
+        return outside
+
+    def capture(self) -> WorldState:
+        """The world now."""
+        snapshot = Snapshot(self._tensors, add_tree)
+        self._modules.add_to(snapshot)
+        for _, value in self._found:
+            if is_generator(value):
+                snapshot.add(value)
+        self.add_records(snapshot)
+        return WorldState(RandomState.capture(self._backend.devices), snapshot)
+
+    def add_records(self, snapshot: Snapshot) -> None:
+        """Capture what the loop itself writes down in a pass."""
+
+    def end_step(self) -> None:
+        """After the descent pass."""
+
+    def learn(self) -> None:
+        """After the ascent pass: which tensors does a forward pass change?"""
+        lost = self._tensors.learn()
+        if lost and not self._warned:
+            self._warned = True
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in lost[:3])
+            logger.warning(
+                f"A forward pass changed {len(lost)} tensors that are not trained and were too large to be copied "
+                f"beforehand (shapes {shapes}), so the two passes of this one SAM step did not see the same. From now "
+                "on they are copied. Keep what a forward pass updates in buffers, or update it after the optimizer "
+                "step."
+            )
