@@ -232,8 +232,8 @@ class SAMStep:
         if start is None:
             raise RuntimeError("SAMStep.perturbed() needs an ascent gradient: run a backward pass in ascent() before.")
         self._check_synchronizing()
-        end = self._world.capture()
         self._world.learn()
+        end = self._world.capture()
         with self._undone_after_error():
             with self.backend.descent_pass():
                 perturbation = self.backend.perturb(self.rho, step=self.step)
@@ -324,8 +324,8 @@ class SAMStep:
                 inputs = micro_batch.inputs.for_ascent(last=i == len(window) - 1)
                 losses.append(self._compute(micro_batch, inputs, last=i == k - 1))
         self._check_bystanders()
-        end_of_ascent = world.capture()
         world.learn()
+        end_of_ascent = world.capture()
 
         perturbed_losses = []
         with backend.descent_pass():

@@ -5,8 +5,9 @@ generators), and whatever a forward pass advances must advance once a step, as i
 """
 
 from .inputs import KeptInputs
+from .random_streams import RandomState
 from .reach import reach
 from .snapshot import Snapshot
 from .world import World, WorldState
 
-__all__ = ["KeptInputs", "Snapshot", "World", "WorldState", "reach"]
+__all__ = ["KeptInputs", "RandomState", "Snapshot", "World", "WorldState", "reach"]

@@ -4,6 +4,7 @@
 """
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Iterator, MutableMapping
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .kinds import IMMUTABLE_TYPES, attributes, is_immutable, set_attribute
+from .kinds import IMMUTABLE_TYPES, attributes, fresh_counter, is_immutable, set_attribute
 from .random_streams import is_generator
 
 # Tensors that are views of something larger are copied by themselves, not with all that lies behind them.
@@ -143,6 +144,8 @@ def _tuple_like(value: tuple, items: list) -> tuple:
 
 
 def _copied_iterator(value):
+    if isinstance(value, itertools.count):
+        return fresh_counter(value)
     try:
         return copy.copy(value)
     except TypeError:

@@ -1,9 +1,11 @@
 """What kinds of objects there are for a replay: values that nothing can change, state, and machinery to leave alone."""
 
+import ast
 import datetime
 import decimal
 import enum
 import fractions
+import itertools
 import pathlib
 import re
 import sys
@@ -91,6 +93,11 @@ def is_of_machinery(module: str) -> bool:
     """Whether a Python module of this name belongs to those libraries."""
     root = module.partition(".")[0]
     return root in _MACHINERY or (root in sys.stdlib_module_names and root not in _STANDARD_CONTAINERS)
+
+
+def fresh_counter(value: itertools.count) -> itertools.count:
+    """Another counter that goes on where this one is; Python has no other way to look at one."""
+    return itertools.count(*ast.literal_eval(repr(value).removeprefix("count").replace(")", ",)")))
 
 
 def attributes(value: Any) -> dict[str, Any] | None:

@@ -3,12 +3,13 @@
 BatchNorm statistics, the lengths that a dynamic RoPE has seen, queues, momentum encoders, counters.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 
-from .kinds import IMMUTABLE_TYPES, is_machinery
+from .kinds import IMMUTABLE_TYPES, fresh_counter, is_machinery
 from .snapshot import Snapshot
 
 # What `torch.nn.Module` itself keeps in its instances: hooks and the dicts of parameters, buffers and submodules.
@@ -62,9 +63,11 @@ class ModuleStates:
     def _add_attributes(self, module, snapshot):
         own = module.__dict__
         content = {name: own[name] for name in self._names(module)}
-        for value in content.values():
+        for name, value in content.items():
             if type(value) not in IMMUTABLE_TYPES:
                 snapshot.add(value)
+                if isinstance(value, itertools.count):
+                    content[name] = fresh_counter(value)
         snapshot.on_restore(lambda: _put_back(own, content, self._names(module)))
 
     def _names(self, module) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .kinds import IMMUTABLE_TYPES, attributes, is_immutable, is_machinery, set_attribute
+from .kinds import IMMUTABLE_TYPES, attributes, fresh_counter, is_immutable, is_machinery, set_attribute
 from .random_streams import generator_state, is_generator, set_generator_state
 from .tensors import TensorContents
 
@@ -18,7 +18,6 @@ from .tensors import TensorContents
 _LONGEST = 4096
 _DEEPEST = 6
 _LARGEST_ARRAY_BYTES = 64 << 20
-_COUNTERS = (itertools.count, itertools.cycle, itertools.chain, itertools.repeat)
 
 
 class Snapshot:
@@ -122,7 +121,7 @@ class Snapshot:
         if isinstance(value, list | deque):
             self._add_items(value, depth)
             for i, item in _counters(enumerate(value)):
-                content[i] = copy.copy(item)
+                content[i] = fresh_counter(item)
 
         def restore():
             if isinstance(value, deque):
@@ -138,7 +137,7 @@ class Snapshot:
         content = dict(value)
         self._add_items(content.values(), depth)
         for key, item in _counters(content.items()):
-            content[key] = copy.copy(item)
+            content[key] = fresh_counter(item)
 
         def restore():
             if len(value) == len(content) and all(value.get(key, _MISSING) is item for key, item in content.items()):
@@ -196,8 +195,8 @@ class Snapshot:
         for name, item in content.items():
             if type(item) not in IMMUTABLE_TYPES:
                 self.add(item, depth=depth + 1)
-                if isinstance(item, _COUNTERS):
-                    content[name] = copy.copy(item)
+                if isinstance(item, itertools.count):
+                    content[name] = fresh_counter(item)
 
         def restore():
             for name, item in content.items():
@@ -215,5 +214,5 @@ _MISSING = _Missing()
 
 
 def _counters(items):
-    """Counters among some items: they can be copied, but not put back, so that a fresh copy takes their place."""
-    return [(key, item) for key, item in items if isinstance(item, _COUNTERS)]
+    """Counters among some items. They cannot be put back, so fresh ones take their place."""
+    return [(key, item) for key, item in items if isinstance(item, itertools.count)]

@@ -60,7 +60,7 @@ class TensorContents:
         self._room = max(room, _ROOM_BYTES)
         self._changes = WeakIdKeyDictionary()  # tensor -> whether a forward pass changes it
         self._versions = WeakIdKeyDictionary()  # those that did not change -> their version
-        self._unknown: list[TensorState] = []
+        self._unknown = WeakIdKeyDictionary()  # those that are being found out about -> their states, in order
         self._lost: list[torch.Tensor] = []
 
     def capture(self, tensor: torch.Tensor, *, always: bool = False) -> TensorState | None:
@@ -100,13 +100,28 @@ class TensorContents:
         return True
 
     def _look_at(self, state: TensorState) -> None:
+        """Keep what shows whether the tensor changes, as long as that is not known."""
         tensor = state.tensor
-        if tensor.nbytes <= self._room:
+        states = self._unknown.setdefault(tensor, [])
+        if states:
+            if _changed(states[-1]):
+                self._found_out(tensor, states)
+                state.copy = state.alias.clone()
+                return
+            state.copy, state.sample = states[-1].copy, states[-1].sample
+        elif tensor.nbytes <= self._room:
             self._room -= tensor.nbytes
-            state.copy = tensor.detach().clone()
+            state.copy = state.alias.clone()
         else:
             state.sample = _sampled(state.alias).clone()
-        self._unknown.append(state)
+        states.append(state)
+
+    def _found_out(self, tensor: torch.Tensor, states: list[TensorState]) -> None:
+        """The tensor changed after the last of these states was captured."""
+        del self._unknown[tensor]
+        self._settle(tensor, changed=True)
+        if states[-1].copy is None:
+            self._lost.append(tensor)
 
     @torch.no_grad()
     def learn(self) -> list[torch.Tensor]:
@@ -117,24 +132,25 @@ class TensorContents:
         Returns:
             `list[torch.Tensor]`: those that changed without a copy of what they were.
         """
-        unknown, self._unknown = self._unknown, []
-        lost, self._lost = self._lost, []
-        verdicts = [bool(_differs(state)) or state.changed() for state in unknown]
-        for state, changed in zip(unknown, verdicts, strict=True):
-            self._settle(state.tensor, changed or self._changes.get(state.tensor, False))
-            if changed and state.copy is None:
-                lost.append(state.tensor)
-            if not changed:
+        for tensor, states in list(self._unknown.items()):
+            if _changed(states[-1]):
+                self._found_out(tensor, states)
+                continue
+            del self._unknown[tensor]
+            self._settle(tensor, changed=False)
+            for state in states:
                 state.copy = None
-            state.sample = None
+        lost, self._lost = self._lost, []
         return lost
 
 
-def _differs(state: TensorState) -> torch.Tensor | bool:
+def _changed(state: TensorState) -> bool:
+    return state.changed() or bool(_differs(state))
+
+
+def _differs(state: TensorState) -> torch.Tensor:
     """Whether the content is another one now; bool, shape `()`."""
     now = state.tensor.detach()
-    if state.swapped():
-        return True
     if state.copy is not None:
         return (now != state.copy).any()
     return (_sampled(now) != state.sample).any()
