@@ -43,7 +43,7 @@ class PretrainingArguments(SAMTrainingArguments):
 
     train_tokens: str | None = field(
         default=None,
-        metadata={"help": "Tokens to train on, e.g. 50B or 10M; with anneal_from also a share of its steps: 10%."},
+        metadata={"help": "Tokens to train on, e.g. 50B or 10M; with anneal_from also a share of its steps: 10%%."},
     )
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Sequences of an optimizer step over all devices; sets the accumulation."}
