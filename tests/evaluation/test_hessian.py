@@ -66,6 +66,8 @@ def test_spectrum_of_a_quadratic(size):
     values = np.linalg.eigvalsh(matrix.numpy())[::-1]
     assert measured.eigenvalues == pytest.approx(values[:3], rel=1e-3)
     assert all(residual < 1e-2 for residual in measured.residuals)
+    for value, residual in zip(measured.eigenvalues, measured.residuals, strict=True):
+        assert np.abs(values - value).min() <= residual + 1e-9
     assert abs(measured.trace - matrix.trace()) < 4 * measured.trace_standard_error
     assert measured.parameters == size
 
@@ -104,7 +106,9 @@ def test_spectrum_of_a_network(network):
     values = np.linalg.eigvalsh(full.numpy())[::-1]
     assert measured.eigenvalues == pytest.approx(values[:2], rel=1e-3)
     for value, residual in zip(measured.eigenvalues, measured.residuals, strict=True):
-        assert np.abs(values - value).min() <= residual + 1e-9
+        # Norms and rotations in fp32 make two matrices of the products and of `full`, some 1e-7 of their norm apart,
+        # and the eigenvalues of two matrices are as far apart as these at most (Weyl).
+        assert np.abs(values - value).min() <= residual + 1e-6 * values[0]
     assert abs(measured.trace - full.trace()) < 4 * measured.trace_standard_error
 
 
