@@ -14,6 +14,11 @@ from safetensors.torch import load_file
 from toy import olmo2
 
 STEPS = 10
+# With its usual epsilon, Adam makes whole steps of gradients that are only rounding.
+ADAM_EPSILON = 1e-3
+# Largest difference of a weight between runs that sum gradients in another order: some last bits, 1e-7 in weights near
+# 1. Without the z-loss or the decay, with a radius that is wrong by a tenth, or SAM a step late, it is 1e-3 and more.
+WEIGHT_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,7 @@ def config(shelf_of_recipes, tmp_path_factory):
                 "per_device_train_batch_size": 2,
                 "block_rows": 24,
                 "learning_rate": 5e-3,
+                "adam_epsilon": ADAM_EPSILON,
                 "lr_scheduler_type": "linear",
                 "weight_decay": 0.1,
                 "no_weight_decay": ["embed_tokens"],
@@ -119,19 +125,14 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(
 
 @pytest.mark.parametrize(("strategy", "ranks", "streaming"), CASES[2:])
 def test_the_same_rows_in_the_same_order_on_two_processes(finished, strategy, ranks, streaming):
-    """Weights after ten steps: gradients are summed in another order, and AdamW's first steps enlarge the last bits."""
     alone = weights(finished("single", 1, streaming))
-    assert largest_difference(alone, weights(finished(strategy, ranks, streaming))) < 5e-5
+    assert largest_difference(alone, weights(finished(strategy, ranks, streaming))) < WEIGHT_TOLERANCE
     start = olmo2().state_dict()
     assert largest_difference(alone, start) > 1e-2
 
 
 def test_a_loop_by_hand_ends_with_the_same_weights(finished, shelf_of_recipes, config):
-    """Rows, z-loss, SAM, decay of all but the embeddings, schedule: against the plain step.
-
-    Weights after ten steps, each of which may move them by 5e-3: micro-batches are summed in another order, and the
-    first steps of AdamW enlarge the last bits.
-    """
+    """Rows, z-loss, SAM, decay of all but the embeddings, schedule: against the plain step."""
     from toy_pretraining import read_documents, tokens_of
     from toy_trl import tokenizer
 
@@ -149,7 +150,9 @@ def test_a_loop_by_hand_ends_with_the_same_weights(finished, shelf_of_recipes, c
     embedding = [p for n, p in model.named_parameters() if "embed_tokens" in n]
     others = [p for n, p in model.named_parameters() if "embed_tokens" not in n]
     optimizer = torch.optim.AdamW(
-        [{"params": others, "weight_decay": 0.1}, {"params": embedding, "weight_decay": 0.0}], lr=5e-3
+        [{"params": others, "weight_decay": 0.1}, {"params": embedding, "weight_decay": 0.0}],
+        lr=5e-3,
+        eps=ADAM_EPSILON,
     )
 
     def loss_of(batch):
@@ -178,7 +181,7 @@ def test_a_loop_by_hand_ends_with_the_same_weights(finished, shelf_of_recipes, c
                     p.copy_(value)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    assert largest_difference(weights(finished("single", 1, True)), model.state_dict()) < 5e-5
+    assert largest_difference(weights(finished("single", 1, True)), model.state_dict()) < WEIGHT_TOLERANCE
 
 
 def test_a_run_that_is_done_is_left_alone_and_other_settings_are_refused(launch, config, finished, tmp_path):

@@ -28,6 +28,8 @@ def config(shelf_of_recipes, tmp_path_factory):
                 "global_batch_size": 8,
                 "per_device_train_batch_size": 2,
                 "learning_rates": ["2e-3"],
+                # With its usual epsilon, Adam makes whole steps of gradients that are only rounding.
+                "adam_epsilon": 1e-3,
                 "sam_rho": 0.05,
                 "save_steps": 2,
                 "keep_checkpoints": True,
@@ -83,8 +85,9 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(launch, config, finish
     assert again.status == [0] * ranks, again.output[0][-3000:]
     whole = finished(strategy, ranks) / "lr-0.002"
     assert difference(weights(whole), weights(run_of_sweep)) == 0
-    # As on one process: gradients are summed in another order.
-    assert difference(weights(finished("single", 1) / "lr-0.002"), weights(whole)) < 2e-5
+    # As on one process. Gradients are summed in another order, which changes some last bits, 1e-7 in weights near 1;
+    # a radius that is wrong by a tenth, or other rows, change weights by 1e-3 and more.
+    assert difference(weights(finished("single", 1) / "lr-0.002"), weights(whole)) < 1e-5
     assert json.loads((run_of_sweep / "training_done.json").read_text())["steps"] == STEPS
     # It did go on, and not begin again: it would have written the first checkpoint anew.
     assert (run_of_sweep / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == written
