@@ -5,14 +5,13 @@ whatever that parser does not know (`--num_processes 2`, `--accelerate_config FI
 then starts the same command in every process. Without such flags the command runs in this process.
 """
 
+import argparse
 import importlib.util
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 
-# Tells the processes that this command launches not to launch again what they read in the config file.
-_LAUNCHED = "HF_SAM_LAUNCHED"
+from .errors import DEBUG, UsageError, did_you_mean, raising, run_command, unknown_arguments
 
 _USAGE = """\
 usage: hf-sam COMMAND [flags]
@@ -25,97 +24,128 @@ commands:
   evaluate        forgetting, damage of quantization, sharpness, benchmarks of a base model and those made from it
   report DIR...   compare evaluations, the first of which is the reference
 
-`hf-sam COMMAND --help` lists the flags. Start `run` on several processes with
+`hf-sam COMMAND --help` lists the flags, and `hf-sam --debug COMMAND` (or HF_SAM_DEBUG=1) shows the traceback of errors
+that are otherwise told in one line. Start `run` on several processes with
 `accelerate launch -m hf_sam run SCRIPT ...` or `torchrun -m hf_sam run SCRIPT ...`.
 """
 
 
+# Commands, and the packages that they need, by extra.
+_COMMANDS = {
+    "sft": ("sft", ("trl", "datasets")),
+    "clm": ("sft", ("trl", "datasets")),
+    "run": (None, ()),
+    "evaluate": ("eval", ("datasets", "scipy", "matplotlib")),
+    "report": ("eval", ("datasets", "scipy", "matplotlib")),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (of the process when omitted); returns the exit status."""
+    """Run the command line `argv` (of the process when omitted).
+
+    Returns:
+        `int`: the exit status: 0, 1 if a measure failed, 2 after a mistake of the user, 130 after Ctrl-C, or what a
+        launched process returned.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--debug"]:
+        os.environ[DEBUG] = "1"  # for the processes that are launched, too
+        argv = argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
     command, *rest = argv
-    if command == "run":
-        return _run(rest)
-    if command not in ("sft", "clm", "evaluate", "report"):
-        print(f"hf-sam: there is no command {command!r}.\n\n{_USAGE}", end="", file=sys.stderr)
-        return 2
-    extra = "sft" if command in ("sft", "clm") else "eval"
-    needed = {"sft": ("trl", "datasets"), "eval": ("datasets", "scipy", "matplotlib")}[extra]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if command not in _COMMANDS:
+        return run_command("hf-sam", lambda: _unknown_command(command))
+    # The script of `run` is the user's own: its errors are shown as Python shows them.
+    return run_command(f"hf-sam {command}", lambda: _run_command(command, rest), hosts=command != "run")
+
+
+def _unknown_command(command: str) -> int:
+    near = did_you_mean(command, _COMMANDS) or f"; the commands are {', '.join(_COMMANDS)}"
+    raise UsageError(f"there is no command {command!r}{near}")
+
+
+def _run_command(command: str, argv: list[str]) -> int:
+    extra, packages = _COMMANDS[command]
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        print(
-            f"hf-sam {command} needs {', '.join(missing)}. Install them: pip install 'hf-sam[{extra}]'.",
-            file=sys.stderr,
-        )
-        return 1
+        raise ImportError(f"{', '.join(missing)} is not installed. Install it: pip install 'hf-sam[{extra}]'.")
+    if command == "run":
+        return _run(argv)
     if command == "report":
         from .report.command import report_main
 
-        return report_main(rest)
-    return _start(command, rest)
+        return report_main(argv)
+    return _start(command, argv)
 
 
 def _run(argv: list[str]) -> int:
-    import argparse
-
-    from transformers import HfArgumentParser
-
     from .arguments import SAMArguments
     from .script import run_script
 
-    parser = grouped(HfArgumentParser(SAMArguments, prog="hf-sam run"))
-    parser.add_argument("script", help="the training script")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own flags, among them those of SAM")
-    sam, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    parser = _run_parser()
+    _, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"unrecognized arguments in front of the script: {' '.join(unknown)}")
+        raise unknown_arguments(unknown, parser._option_string_actions)
+    sam, rest = parser.parse_args_into_dataclasses(argv)
     if not os.path.isfile(rest.script):
-        parser.error(f"there is no script {rest.script!r}")
+        raise UsageError(f"there is no script {rest.script!r}")
     plain = SAMArguments()
     chosen = {name: value for name, value in vars(sam).items() if value != getattr(plain, name)}
     run_script(rest.script, rest.arguments, **chosen)
     return 0
 
 
+def _run_parser() -> argparse.ArgumentParser:
+    from transformers import HfArgumentParser
+
+    from .arguments import SAMArguments
+
+    parser = raising(grouped(HfArgumentParser(SAMArguments, prog="hf-sam run")))
+    parser.add_argument("script", help="the training script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own flags, among them those of SAM")
+    return parser
+
+
 def _start(command: str, argv: list[str]) -> int:
     """Run a command in this process, or launch it in others if there are flags of the launcher."""
-    parser = _parser(command)
-    from_config, unknown = _unknown(parser, argv)
-    if _is_launched():
-        # What else the config file holds was for the launcher, if the launcher knows it.
-        unknown += [name for name in from_config[::2] if name not in _launcher_flags()]
+    from . import launch
+
+    parser = raising(_parser(command))
+    config, unknown = _unknown(parser, argv)
+    flags = list(parser._option_string_actions)
+    for name in config:
+        if f"--{name}" not in launch.launcher_flags():
+            known = [flag.removeprefix("--") for flag in {*flags, *launch.launcher_flags()}]
+            raise UsageError(f"the config file sets {name!r}, which is no flag{did_you_mean(name, known)}")
+    if launch.is_launched():
         if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    elif from_config or unknown:
-        return _launch(command, from_config, unknown, _without(argv, unknown))
+            raise unknown_arguments(unknown, flags)
+    elif config or unknown:
+        launch.check_flags(unknown, flags)
+        return launch.launch(command, [*launch.as_flags(config), *unknown], _without(argv, unknown))
     return _program(command)(argv)
 
 
-def _unknown(parser, argv: list[str]) -> tuple[list[str], list[str]]:
+def _unknown(parser, argv: list[str]) -> tuple[dict, list[str]]:
     """What the parser does not know, in the file of `--config` and in `argv`; prints the help where asked to.
 
     The arguments are not built yet: in a process that only launches others, they would set up devices.
     """
-    import yaml
+    from .config_file import read_flags
 
-    flags, from_config = list(argv), []
-    if "--config" in flags[:-1]:
+    flags, config = list(argv), {}
+    if "--config" in flags:
         index = flags.index("--config")
-        with open(flags[index + 1], encoding="utf-8") as file:
-            config = yaml.safe_load(file)
-        if not isinstance(config, dict):
-            parser.error(f"the config file {flags[index + 1]} must hold a mapping of flags to values")
+        if index + 1 == len(flags):
+            raise UsageError("argument --config: expected one argument")
+        config = read_flags(flags[index + 1])
         del flags[index : index + 2]
         config.pop("env", None)  # for the process that trains
-        from_config = parser.set_defaults_with_config(**config)
-    return from_config, parser.parse_known_args(flags)[1]
-
-
-def _is_launched() -> bool:
-    return _LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
+        unknown = {name.removeprefix("--") for name in parser.set_defaults_with_config(**config)[::2]}
+        config = {name: value for name, value in config.items() if name in unknown}
+    return config, parser.parse_known_args(flags)[1]
 
 
 def _program(command: str) -> Callable[[list[str]], int]:
@@ -137,11 +167,22 @@ def _program(command: str) -> Callable[[list[str]], int]:
 
 
 def _sft(argv: list[str]) -> None:
+    """TRL's script with SAM, and with data by name as in the other commands."""
+    import datasets
+    import trl
     import trl.scripts.sft
 
-    from .script import run_script
+    from .script import load_script
+    from .training_inputs import SFT_COLUMNS, load_training_data, parse_arguments
 
-    run_script(trl.scripts.sft.__file__, argv)
+    script_args, args, model_args, mixture = parse_arguments(raising(_parser("sft")), argv)
+    data = load_training_data(script_args, args, mixture, [*SFT_COLUMNS, args.dataset_text_field])
+
+    def loaded(*_, **__) -> dict:
+        return data
+
+    script = load_script(trl.scripts.sft.__file__, {datasets.load_dataset: loaded, trl.get_dataset: loaded})
+    script.main(script_args, args, model_args, mixture)
 
 
 def _parser(command: str):
@@ -178,41 +219,6 @@ def grouped(parser):
             source._group_actions.remove(action)
             groups["sam_" if action.dest.startswith("sam_") else "anneal_"]._group_actions.append(action)
     return parser
-
-
-def _launch(command: str, from_config: list[str], flags: list[str], argv: list[str]) -> int:
-    from accelerate.commands.launch import launch_command_parser
-
-    parser = launch_command_parser()
-    launch = [*_switches(parser, from_config), *flags]
-    if "--accelerate_config" in launch:
-        from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
-        launch = resolve_accelerate_config_argument(launch)
-    launch += ["--module", "hf_sam", command, *argv]
-    parser.parse_args(launch)  # an unknown flag ends here
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch]
-    return subprocess.run(accelerate, env={**os.environ, _LAUNCHED: "1"}).returncode
-
-
-def _launcher_flags() -> set[str]:
-    from accelerate.commands.launch import launch_command_parser
-
-    return {"--accelerate_config", *launch_command_parser()._option_string_actions}
-
-
-def _switches(parser, flags: list[str]) -> list[str]:
-    """`flags` in pairs of name and value, as YAML gives them, with `--switch True` as the plain `--switch`."""
-    result = []
-    for name, value in zip(flags[::2], flags[1::2], strict=True):
-        action = parser._option_string_actions.get(name)
-        if value == "None":  # null in YAML
-            continue
-        if action is None or action.nargs != 0:
-            result += [name, value]
-        elif value.lower() in ("true", "yes", "1"):
-            result.append(name)
-    return result
 
 
 def _without(argv: list[str], taken: list[str]) -> list[str]:

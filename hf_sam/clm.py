@@ -3,19 +3,18 @@
 from dataclasses import dataclass, field
 
 import torch
-from datasets import load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
     TrlParser,
-    get_dataset,
     get_peft_config,
     get_quantization_config,
 )
 
 from .sft import SAMSFTConfig, SAMSFTTrainer
+from .training_inputs import load_training_data, parse_arguments
 
 
 @dataclass(repr=False)
@@ -50,19 +49,11 @@ def main(argv: list[str]) -> None:
         argv (`list[str]`): flags; `--config FILE` reads more of them from YAML.
 
     Raises:
-        ValueError: if model, dataset, split or column is missing; the message names what there is.
+        ValueError: if model, data, split or column is missing; the message names what there is.
+        OSError: if the output folder cannot be written to.
     """
-    script_args, args, model_args, mixture = make_parser().parse_args_and_config(
-        argv,
-        fail_with_unknown_args=False,  # those of `accelerate launch`, which have done their work
-    )
-    if model_args.model_name_or_path is None:
-        raise ValueError("Say which model to train: --model_name_or_path, a hub id or a local folder.")
-    splits = [script_args.dataset_train_split]
-    if args.eval_strategy != "no":
-        splits.append(script_args.dataset_test_split)
-    dataset = _load(script_args, mixture)
-    _check(dataset, splits, args.dataset_text_field)
+    script_args, args, model_args, mixture = parse_arguments(make_parser(), argv)
+    dataset = load_training_data(script_args, args, mixture, [args.dataset_text_field])
 
     quantization = get_quantization_config(model_args)
     if args.from_scratch:
@@ -80,8 +71,8 @@ def main(argv: list[str]) -> None:
     trainer = SAMSFTTrainer(
         model=model,
         args=args,
-        train_dataset=dataset[splits[0]],
-        eval_dataset=dataset[splits[1]] if len(splits) > 1 else None,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if args.eval_strategy != "no" else None,
         processing_class=AutoTokenizer.from_pretrained(
             model_args.model_name_or_path,
             revision=model_args.model_revision,
@@ -96,31 +87,6 @@ def main(argv: list[str]) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if hasattr(trainer, "end"):  # transformers 5.18
         trainer.end()
-
-
-def _load(script_args: ScriptArguments, mixture: DatasetMixtureConfig):
-    if mixture.datasets:
-        return get_dataset(mixture)
-    if script_args.dataset_name is None:
-        raise ValueError("Say what to train on: --dataset_name, or `datasets` in the file of --config.")
-    return load_dataset(
-        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-    )
-
-
-def _check(dataset, splits: list[str], column: str) -> None:
-    for split in splits:
-        if split not in dataset:
-            raise ValueError(
-                f"The dataset has no split {split!r}, only {', '.join(map(repr, dataset))}. Choose with "
-                "--dataset_train_split and --dataset_test_split."
-            )
-        columns = dataset[split].column_names
-        if columns is not None and column not in columns:  # a stream may not know its columns
-            raise ValueError(
-                f"The split {split!r} has no column {column!r}, only {', '.join(map(repr, columns))}. Choose with "
-                "--dataset_text_field."
-            )
 
 
 def _random_model(args: CLMConfig, model_args: ModelConfig):

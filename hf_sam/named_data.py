@@ -40,28 +40,65 @@ def open_split(
     Raises:
         ValueError: if there is no such data or split, or a file is empty.
     """
+    splits = open_splits(place, streaming=streaming)
+    for choice in [split] if split else [*preferred, *splits]:
+        if choice in splits:
+            return splits[choice]
+    raise ValueError(f"it has no split {split!r}, but {', '.join(splits)}.")
+
+
+def open_splits(place: str, *, config: str | None = None, streaming: bool = False) -> dict:
+    """All splits of the dataset that `place` names; see [`open_split`].
+
+    Args:
+        place (`str`): see [`open_split`].
+        config (`str`, *optional*): the configuration, if `place` names none.
+        streaming (`bool`): whether to read it while it is used, instead of before.
+
+    Returns:
+        `dict[str, datasets.Dataset | datasets.IterableDataset]`: by name; a file, a pattern of files and a dataset
+        that was saved without splits are the split `train`.
+
+    Raises:
+        ValueError: if there is no such data, or a file is empty.
+    """
     import datasets
 
-    path, config, options = place, None, {}
+    path, options = place, {}
     if files := data_files(place):
-        path, options = _files(files, place)
+        path, options = loader_of(files, place)
     elif not os.path.isdir(place):
-        path, config, options = _hub_parts(place)
+        path, named_config, options = _hub_parts(place)
+        config = named_config or config
+        if _looks_like_file(place):
+            raise ValueError("it cannot be loaded: there is no such file or folder. Check the path.")
     try:
-        if os.path.isdir(place) and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json")):
+        if is_saved(place):
             splits = datasets.load_from_disk(place)
             if streaming:
                 splits = _as_streams(splits)
         else:
             splits = datasets.load_dataset(path, config, streaming=streaming, **options)
     except Exception as error:  # datasets has a dozen kinds for this
-        raise ValueError(f"it cannot be loaded: {type(error).__name__}: {error}") from error
-    if isinstance(splits, datasets.Dataset | datasets.IterableDataset):
-        return splits
-    for choice in [split] if split else [*preferred, *splits]:
-        if choice in splits:
-            return splits[choice]
-    raise ValueError(f"it has no split {split!r}, but {', '.join(splits)}.")
+        where = "" if is_local(place) else "there is no such file or folder here, and the hub gave "
+        raise ValueError(f"it cannot be loaded: {where}{type(error).__name__}: {error}") from error
+    return {"train": splits} if isinstance(splits, datasets.Dataset | datasets.IterableDataset) else splits
+
+
+def is_saved(place: str) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return os.path.isdir(place) and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json"))
+
+
+def is_local(place: str) -> bool:
+    """Whether a place is a file, a folder, or a pattern that matches files."""
+    return os.path.isdir(place) or bool(data_files(place))
+
+
+def _looks_like_file(place: str) -> bool:
+    """Whether a place that does not exist was meant to: ids of the hub have neither such beginnings nor such ends."""
+    suffixes = [suffix for suffix in Path(place).suffixes if suffix not in _COMPRESSED]
+    return place.startswith(("/", "./", "../", "~")) or "*" in place or bool(suffixes and suffixes[-1] in _KINDS)
 
 
 def data_files(place: str) -> list[str]:
@@ -78,7 +115,12 @@ def is_data(path: Path) -> bool:
     return bool(known) and not path.name.startswith((".", "cache-", "tmp", "dataset_info", "dataset_dict", "state."))
 
 
-def _files(files: list[str], place: str) -> tuple[str, dict]:
+def loader_of(files: list[str], place: str) -> tuple[str, dict]:
+    """The name and the options of the loader of `datasets` that reads the files of a place.
+
+    Raises:
+        ValueError: if a file is empty, or they are of different or unknown kinds.
+    """
     kinds = set()
     for file in files:
         suffixes = [suffix for suffix in Path(file).suffixes if suffix not in _COMPRESSED]

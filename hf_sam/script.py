@@ -2,26 +2,29 @@
 
 No library is patched. What changes is the script's own namespace: wherever it imports or names a trainer or config
 class (a name that ends in Trainer, TrainingArguments or Config), it gets `with_sam` of that class, as if somebody had
-edited those lines. Code in other files keeps the plain classes.
+edited those lines. Parsers of its arguments get errors of one line. Code in other files keeps the plain classes.
 """
 
+import argparse
 import ast
 import logging
 import os
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import Trainer, TrainingArguments
 
+from .errors import raising
 from .factory import with_sam
 
 logger = logging.getLogger(__name__)
 
 _ADOPT = "__hf_sam_adopt__"
 # Attributes that may name a trainer or config class, as in `transformers.Trainer`; whether they do is seen at run time.
-_CLASS_NAME = re.compile(r"(Trainer|TrainingArguments|Config)$")
+_CLASS_NAME = re.compile(r"(Trainer|TrainingArguments|Config|ArgumentParser|TrlParser)$")
 
 
 def run_script(path: str, argv: list[str], **defaults) -> dict[str, str]:
@@ -38,57 +41,111 @@ def run_script(path: str, argv: list[str], **defaults) -> dict[str, str]:
     Raises:
         FileNotFoundError: if there is no such file.
     """
-    source = Path(path)
-    if not source.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"There is no script {path!r} to run.")
-    exchanged: dict[str, str] = {}
-    kinds: set[str] = set()
-
-    def adopt(value):
-        if not isinstance(value, type) or not issubclass(value, Trainer | TrainingArguments):
-            return value
-        replacement = with_sam(value, **defaults) if issubclass(value, TrainingArguments) else with_sam(value)
-        kinds.add("trainer" if issubclass(value, Trainer) else "config")
-        if replacement is not value:
-            exchanged[value.__name__] = replacement.__name__
-        return replacement
-
-    code = compile(_rewritten(source.read_bytes(), path), path, "exec")
+    adopt = _Adoption(defaults)
     main = types.ModuleType("__main__")
-    main.__file__ = path
-    main.__dict__[_ADOPT] = adopt
     before = sys.argv, sys.path[:], sys.modules["__main__"]
     sys.argv = [path, *argv]
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     # Classes of the script are pickled as those of `__main__`.
     sys.modules["__main__"] = main
     try:
-        exec(code, main.__dict__)
+        _execute(path, main, adopt)
     finally:
         sys.argv, sys.path[:], sys.modules["__main__"] = before
-    if not {"trainer", "config"} <= kinds:
-        missing = " and ".join(sorted({"trainer", "config"} - kinds))
+    if not {"trainer", "config"} <= adopt.kinds:
+        missing = " and ".join(sorted({"trainer", "config"} - adopt.kinds))
         logger.warning(
             f"{path} names no {missing} class that SAM could be given to, so SAM did not act in what it trained. "
             "Exchange the classes where they are named, with `hf_sam.with_sam`."
         )
-    return exchanged
+    return adopt.exchanged
 
 
-def _rewritten(source: bytes, path: str) -> ast.Module:
-    """The program with every imported class, and every class named through a module, passed through `adopt`."""
-    tree = _Rewriter().visit(ast.parse(source, path))
+def load_script(path: str, functions: dict[Callable, Callable]) -> types.ModuleType:
+    """The script at `path` as a module, of which nothing runs that stands under `if __name__ == "__main__"`.
+
+    Args:
+        path (`str`): a Python file.
+        functions (`dict[Callable, Callable]`): functions that the script imports, and what it gets in their place.
+    """
+    module = types.ModuleType(Path(path).stem)
+    _execute(path, module, _Adoption({}, functions))
+    return module
+
+
+class _Adoption:
+    """What a script gets for the classes and functions that it names."""
+
+    def __init__(self, defaults: dict, functions: dict[Callable, Callable] | None = None):
+        self._defaults, self._functions = defaults, functions or {}
+        self.exchanged: dict[str, str] = {}
+        self.kinds: set[str] = set()
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the functions."""
+        return {function.__name__ for function in self._functions}
+
+    def __call__(self, value):
+        if isinstance(value, types.FunctionType):
+            return self._functions.get(value, value)
+        if isinstance(value, type) and issubclass(value, argparse.ArgumentParser):
+            return _with_short_errors(value)
+        if not isinstance(value, type) or not issubclass(value, Trainer | TrainingArguments):
+            return value
+        config = issubclass(value, TrainingArguments)
+        replacement = with_sam(value, **self._defaults) if config else with_sam(value)
+        self.kinds.add("config" if config else "trainer")
+        if replacement is not value:
+            self.exchanged[value.__name__] = replacement.__name__
+        return replacement
+
+
+def _with_short_errors(parser: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser]:
+    """The class of a parser that raises what is wrong instead of printing its usage, some hundred lines of flags."""
+
+    class Parser(parser):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            raising(self)
+
+    Parser.__name__, Parser.__qualname__, Parser.__doc__ = parser.__name__, parser.__qualname__, parser.__doc__
+    return Parser
+
+
+def _execute(path: str, module: types.ModuleType, adopt: _Adoption) -> None:
+    code = compile(_rewritten(Path(path).read_bytes(), path, adopt.names), path, "exec")
+    module.__file__ = path
+    module.__dict__[_ADOPT] = adopt
+    exec(code, module.__dict__)
+
+
+def _rewritten(source: bytes, path: str, functions: set[str]) -> ast.Module:
+    """The program with every imported class, and every class named through a module, passed through `adopt`.
+
+    So are the imported functions of some names.
+    """
+    tree = _Rewriter(functions).visit(ast.parse(source, path))
     return ast.fix_missing_locations(tree)
 
 
 class _Rewriter(ast.NodeTransformer):
+    def __init__(self, functions: set[str]):
+        self._functions = functions
+
     def visit_ImportFrom(self, node):
         if node.module == "__future__" or any(alias.name == "*" for alias in node.names):
             return node
         names = [alias.asname or alias.name for alias in node.names]
-        classes = [name for name, alias in zip(names, node.names, strict=True) if _CLASS_NAME.search(alias.name)]
+        adopted = [
+            name
+            for name, alias in zip(names, node.names, strict=True)
+            if _CLASS_NAME.search(alias.name) or alias.name in self._functions
+        ]
         # On the line of the import, so that line numbers in a traceback stay those of the file.
-        return [node, *(ast.copy_location(_assign(name), node) for name in classes)]
+        return [node, *(ast.copy_location(_assign(name), node) for name in adopted)]
 
     def visit_match_case(self, node):
         # A pattern takes names only, no calls.

@@ -2,14 +2,12 @@
 
 import os
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
-import yaml
 from transformers import HfArgumentParser
 
-import hf_sam
+from hf_sam.config_file import read_flags
+from hf_sam.errors import UsageError, did_you_mean, raising, unknown_arguments
 
 EXTENDS = "extends"
 
@@ -26,15 +24,18 @@ class RecipeParser(HfArgumentParser):
         super().__init__(dataclass_types, **kwargs)
         self.add_argument("--config", nargs="+", default=[], help="YAML files with flags; the later win")
         self.add_argument("--dry_run", "--dry-run", action="store_true", help="tell what it takes, and exit")
+        raising(self)
 
     def parse(self, argv: list[str] | None = None) -> tuple:
         """An instance of each dataclass.
 
         Raises:
-            ValueError: if a file cannot be read or holds what is no flag, or a value is wrong.
+            ValueError: if a file cannot be read or holds what is no flag, or a flag is unknown, or a value is wrong.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
-        known = self.parse_known_args(argv)[0]
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise unknown_arguments(unknown, self._option_string_actions)
         self.set_defaults(**self.values(known.config))
         if known.dry_run and hasattr(known, "use_cpu"):
             argv += ["--use_cpu", "true"]  # a plan can be made without the machine that it is for
@@ -48,7 +49,8 @@ class RecipeParser(HfArgumentParser):
         for file in files:
             for name, value in read_config(file).items():
                 if name not in actions or name in ("config", "help", "dry_run"):
-                    raise ValueError(f"{file} sets {name!r}, which is no setting of {self.prog or 'this recipe'}.")
+                    near = did_you_mean(name, actions)
+                    raise UsageError(f"{file} sets {name!r}, which is no setting of {self.prog}{near}")
                 found[name] = _converted(value, actions[name], f"{file}: {name}")
         return found
 
@@ -70,21 +72,15 @@ def read_config(file: str | Path) -> dict:
     """What a file sets, with what it extends.
 
     Raises:
-        ValueError: if a file is missing or holds something else.
+        UsageError: if a file is missing, extends itself, or holds something else.
     """
     return _read(Path(file), ())
 
 
 def _read(file: Path, above: tuple[Path, ...]) -> dict:
     if file.resolve() in above:
-        raise ValueError(f"{file} extends itself.")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"The config file {file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"The config file {file} must hold a mapping of flags to values.")
-    content = {name: _absolute(value, file.parent) for name, value in content.items()}
+        raise UsageError(f"The config file {file} extends itself.")
+    content = {name: _absolute(value, file.parent) for name, value in read_flags(file).items()}
     bases = content.pop(EXTENDS, [])
     values = {}
     for base in bases if isinstance(bases, list) else [bases]:
@@ -110,20 +106,3 @@ def _absolute(value, folder: Path):
         path = (folder / value).resolve()
         return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
     return value
-
-
-def told(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
-    """A `main` whose errors of ours are told in a line; any other deserves its traceback."""
-
-    def wrapped(argv: list[str] | None = None) -> int:
-        try:
-            return main(argv)
-        except (ValueError, OSError, ImportError) as error:
-            raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-            ours = (Path(hf_sam.__file__).resolve().parent, Path(__file__).resolve().parent)
-            if not any(folder in raised_in.parents for folder in ours):
-                raise
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-            return 1
-
-    return wrapped

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from configuration import RecipeParser, told
+from configuration import RecipeParser
 from sft_data import SFTDataArguments, load_examples, rehearsed, up_to
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_sam import SAMSFTConfig, SAMSFTTrainer
+from hf_sam.errors import command
 from hf_sam.evaluation.sources import ModelSource, find_model
 from hf_sam.pretraining import Plan, Source, accumulation_for, last_complete, measure_model, parse_tokens
 from hf_sam.pretraining.checkpoints import CheckpointRecord, decisive_settings, is_done, mark_done, record
@@ -58,7 +59,7 @@ def make_parser() -> RecipeParser:
     return RecipeParser(classes, prog="metamath_sft.py", description=__doc__.split("\n", 1)[0])
 
 
-@told
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -10,8 +10,9 @@ with the row of data that it would have seen next. A run that is done is left al
 import sys
 from dataclasses import dataclass, field
 
-from configuration import RecipeParser, told
+from configuration import RecipeParser
 
+from hf_sam.errors import command
 from hf_sam.pretraining import DataArguments, ModelArguments, PretrainingArguments, plan, pretrain
 
 
@@ -28,7 +29,7 @@ def make_parser() -> RecipeParser:
     return RecipeParser(classes, prog="olmo_mid_sam.py", description=__doc__.split("\n", 1)[0])
 
 
-@told
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit status."""
     model_args, data_args, args, plan_args, dry_run = make_parser().parse(argv)

@@ -4,21 +4,24 @@
         --runs adamw=outputs/olmo2_1b_mid/adamw,outputs/sft/adamw sam=outputs/olmo2_1b_mid/sam,outputs/sft/sam
 
 A run is `NAME=BASE` or `NAME=BASE,FOLDER` with the `lr-*` folders of its sweep; the first is the reference. All other
-flags are those of `hf-sam evaluate`. Parts that were measured are not measured again.
+flags are those of `hf-sam evaluate`. Parts that were measured are not measured again. A measure that fails, e.g. since
+the training of a model diverged, is missing from the tables, and its reason is in the report of its run.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from configuration import read_config, told
+from configuration import read_config
 
+from hf_sam.errors import UsageError, command, did_you_mean
 from hf_sam.evaluation import forgetting, forgetting_reduction
 from hf_sam.evaluation.processes import join_processes, rank_and_world
 from hf_sam.pretraining.checkpoints import DONE
-from hf_sam.report import EvaluationArguments, Results, evaluate, write_comparison, write_report
-from hf_sam.report.command import EvaluateParser
+from hf_sam.report import EvaluationArguments, Results, write_comparison, write_report
+from hf_sam.report.command import EvaluateParser, tell_failures
 from hf_sam.report.document import Document
+from hf_sam.report.run import Evaluation
 from hf_sam.resources import write_json
 
 # arXiv 2605.02105, OLMo-2-1B: how much less SAM forgets than AdamW, in per cent.
@@ -40,11 +43,13 @@ class QuantizeEvalParser(EvaluateParser):
         if config:
             unknown = self.set_defaults_with_config(**read_config(config))
             if unknown:
-                raise ValueError(f"{config} sets {unknown[0].removeprefix('--')!r}, which is no setting.")
+                name = unknown[0].removeprefix("--")
+                near = did_you_mean(name, [action.dest for action in self._actions])
+                raise UsageError(f"{config} sets {name!r}, which is no setting of {self.prog}{near}")
         return vars(self.parse_args(argv))
 
 
-@told
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit status."""
     flags = QuantizeEvalParser().parse(list(sys.argv[1:] if argv is None else argv))
@@ -60,10 +65,13 @@ def main(argv: list[str] | None = None) -> int:
         print(_plan(settings))
         return 0
     join_processes()
-    records = [evaluate(one) for one in settings]
+    # All of them before any: what the last one lacks is told before the first one is measured.
+    evaluations = [Evaluation(one) for one in settings]
+    records = [one.run() for one in evaluations]
     if rank_and_world()[0] == 0:
         for one, record in zip(settings, records, strict=True):
             write_report(record, one.output)
+            tell_failures(record)
         results = [Results(record) for record in records]
         if len(results) > 1:
             write_comparison([one.output for one in settings], output / "comparison")
@@ -98,23 +106,25 @@ def summarize(results: list[Results]) -> dict:
         results (`list[Results]`): the first is the reference.
 
     Returns:
-        `dict`: for each run its losses, damage and forgetting, with the reductions against the reference in per cent.
+        `dict`: for each run its losses, damage and forgetting, with the reductions against the reference in per cent;
+        None for what could not be measured.
     """
     reference, *_ = results
     data = reference.old[0]
-    known = {name: value for name, value in reference.record["environment"].items() if name != "command"}
-    summary = {"reference": reference.name, "data": data, "environment": known, "runs": {}}
+    environment = {name: value for name, value in reference.record["environment"].items() if name != "command"}
+    summary = {"reference": reference.name, "data": data, "environment": environment, "runs": {}}
     schemes = reference.record["settings"]["quantize"]
     lost = {scheme: _damage(reference, data, scheme) for scheme in schemes}
     for one in results:
         before = one.loss(one.base, data)
-        row = {"base loss": before.loss, "quantized": {}, "fine-tuned": None}
+        row = {"base loss": None if before is None else before.loss, "quantized": {}, "fine-tuned": None}
         for scheme in schemes:
-            own = _damage(one, data, scheme)
+            own, after = _damage(one, data, scheme), one.loss(one.base, data, scheme)
+            known = own is not None and lost[scheme] is not None and lost[scheme] > 0
             row["quantized"][scheme] = {
                 "damage": own,
-                "loss": one.loss(one.base, data, scheme).loss,
-                "reduction": 100 * (1 - own / lost[scheme]) if lost[scheme] > 0 else None,
+                "loss": None if after is None else after.loss,
+                "reduction": 100 * (1 - own / lost[scheme]) if known else None,
             }
         row["sweep"] = [
             {"model": run.name, "task loss": run.task.loss, "forgetting": run.forgetting, "loss": run.after.loss}
@@ -152,8 +162,9 @@ def _benchmarks(one: Results, schemes: list[str]) -> dict:
     return found | {scheme: mean(one.base, scheme) for scheme in schemes} | {name: mean(name) for name in one.tuned}
 
 
-def _damage(one: Results, data: str, scheme: str) -> float:
-    return forgetting(one.loss(one.base, data), one.loss(one.base, data, scheme)).value
+def _damage(one: Results, data: str, scheme: str) -> float | None:
+    before, after = one.loss(one.base, data), one.loss(one.base, data, scheme)
+    return None if before is None or after is None else forgetting(before, after).value
 
 
 def table(summary: dict) -> Document:
@@ -170,7 +181,7 @@ def table(summary: dict) -> Document:
         for name, run in summary["runs"].items():
             found = run["quantized"][scheme]
             change = "reference" if name == reference else _percent(found["reduction"])
-            rows.append([name, f"{run['base loss']:.4f}", f"{found['damage']:.4f}", change, f"{found['loss']:.4f}"])
+            rows.append([name, _number(run["base loss"]), _number(found["damage"]), change, _number(found["loss"])])
         document.heading(f"Quantized to {scheme}")
         document.table(["run", "base loss", "damage", "reduction", "loss where it ended"], rows)
     rows = []
@@ -208,6 +219,10 @@ def table(summary: dict) -> Document:
             ],
         )
     return document
+
+
+def _number(value: float | None) -> str:
+    return "missing" if value is None else f"{value:.4f}"
 
 
 def _percent(value: float | None) -> str:

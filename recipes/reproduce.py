@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 import yaml
-from configuration import RecipeParser, merged, read_config, told
+from configuration import RecipeParser, merged, read_config
 from stages import Stage, Stages, python
 
+from hf_sam.errors import command
 from hf_sam.pretraining import last_complete, parse_tokens
 
 HERE = Path(__file__).resolve().parent
@@ -134,7 +135,8 @@ class Experiment:
         if sweep:
             first = next(iter(self.runs("anneal")))
             settings["task_data"] = [f"task={self.output / 'sft' / first / 'held_out.jsonl'}"]
-        return self._stage(label, HERE / "quantize_eval.py", settings, needs)
+        # What is there is from before a stage was run again.
+        return self._stage(label, HERE / "quantize_eval.py", settings, needs, late=lambda: {"overwrite": True})
 
     def _stage(self, name, script, settings, needs=(), late=dict, wide=False) -> Stage:
         settings = self._placed(settings)
@@ -237,7 +239,7 @@ def find_devices(preset: dict, workers: int) -> list[str]:
     return names
 
 
-@told
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the experiment; returns the exit status."""
     parser = RecipeParser(ReproduceArguments, prog="reproduce.py", description=__doc__.split("\n", 1)[0])

@@ -17,10 +17,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configuration import RecipeParser, told
+from configuration import RecipeParser
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from hf_sam.errors import command
 
 CORPUS_PACKAGES = ("torch", "transformers")
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are mostly boilerplate
@@ -139,7 +141,7 @@ class ToyDataArguments:
     seed: int = field(default=42, metadata={"help": "Seed of the word problems."})
 
 
-@told
+@command
 def main(argv: list[str] | None = None) -> int:
     """Write the files; returns the exit status."""
     settings, _ = RecipeParser(ToyDataArguments, prog="toy_data.py").parse(argv)

@@ -1,11 +1,13 @@
 """What the command line names: models and data, on the hub or on disk. Everything is checked before work begins."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,8 +21,10 @@ from .data import HeldOutData
 from .processes import from_first, rank_and_world
 from .quantization import load_checked, load_quantized
 from .requirements import need
+from .weights import check_finite, check_weights
 
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_CONFIGS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,20 @@ class ModelSource:
     fingerprint: str
 
     def load(self, dtype: torch.dtype, device_map="cpu") -> torch.nn.Module:
-        """The model in evaluation mode, adapters merged into it."""
-        if self.base is None:
-            return load_checked(self.folder, dtype=dtype, device_map=device_map).eval()
-        from peft import PeftModel
+        """The model in evaluation mode, adapters merged into it.
 
-        model = PeftModel.from_pretrained(self.base.load(dtype, device_map), self.folder)
-        return model.merge_and_unload().eval()
+        Raises:
+            FloatingPointError: if a weight is not a finite number.
+        """
+        if self.base is None:
+            model = load_checked(self.folder, dtype=dtype, device_map=device_map)
+        else:
+            from peft import PeftModel
+
+            adapted = PeftModel.from_pretrained(self.base.load(dtype, device_map), self.folder)
+            model = adapted.merge_and_unload()
+        check_finite(model, self.name)
+        return model.eval()
 
     def load_quantized(self, scheme: str, dtype: torch.dtype, device_map="cpu"):
         """The quantized model, and the proof that it is."""
@@ -137,10 +148,40 @@ def find_model(spec: str) -> ModelSource:
         base = None
     else:
         raise ValueError(f"{place!r} holds neither config.json nor adapter_config.json: it is not a model.")
+    check_weights(folder)
     fingerprint = from_first(_hash_of_files(folder) if rank_and_world()[0] == 0 else "")
     if base is not None:
         fingerprint = hashlib.sha256(f"{fingerprint} on {base.fingerprint}".encode()).hexdigest()[:16]
     return ModelSource(name, place, folder, base, fingerprint)
+
+
+def check_model(place: str, revision: str | None = None, weights: bool = True) -> None:
+    """Check that a model that a command trains is there, without reading or downloading its weights.
+
+    Args:
+        place (`str`): a folder, or an id of the hub.
+        revision (`str`, *optional*): on the hub.
+        weights (`bool`, defaults to `True`): whether its weights are needed, too.
+
+    Raises:
+        ValueError: if it is not there, or a file of its weights is damaged.
+    """
+    if os.path.isdir(place):
+        if not any((Path(place) / name).exists() for name in _CONFIGS):
+            raise ValueError(f"{place!r} holds neither config.json nor adapter_config.json: it is not a model.")
+        if weights:
+            check_weights(Path(place))
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _hub_errors(place, place, revision):
+        try:
+            hf_hub_download(place, _CONFIGS[0], revision=revision)
+        except LocalEntryNotFoundError:  # which is an EntryNotFoundError, too: neither in the cache nor to be had
+            raise
+        except EntryNotFoundError:
+            hf_hub_download(place, _CONFIGS[1], revision=revision)
 
 
 def with_distinct_names(sources: list[ModelSource]) -> list[ModelSource]:
@@ -227,20 +268,11 @@ def load_held_out(
 def _download(place: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
-    from huggingface_hub.errors import (
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     repo, _, revision = place.partition("@")
-    revision = revision or None
-    if repo.count("/") > 1 or place.startswith((".", "~", "/")):
-        raise ValueError(f"There is no folder {place!r}.")
-    try:
+    with _hub_errors(place, repo, revision or None):
         wanted = list(_WANTED)
-        if not HF_HUB_OFFLINE and (files := _files_on_hub(repo, revision)):
+        if not HF_HUB_OFFLINE and (files := _files_on_hub(repo, revision or None)):
             if not any(file.rfilename.endswith(".safetensors") for file in files):
                 wanted.append("*.bin")
             cached = {path.name for path in Path(HF_HUB_CACHE).glob(f"models--{repo.replace('/', '--')}/blobs/*")}
@@ -249,7 +281,23 @@ def _download(place: str) -> Path:
             missing = sum(file.size or 0 for file in weights if file.lfs.sha256 not in cached)
             check_disk(HF_HUB_CACHE, missing, f"the download of {place!r} (set HF_HOME to another disk)")
         ignored = ["*/*", "consolidated*"]  # the same weights in other forms, other checkpoints
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=ignored))
+
+
+@contextlib.contextmanager
+def _hub_errors(place: str, repo: str, revision: str | None) -> Iterator[None]:
+    """Says for errors of the hub what it is that does not exist, or cannot be reached."""
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if repo.count("/") > 1 or place.startswith((".", "~", "/")):
+        raise ValueError(f"There is no folder {place!r}.")
+    try:
+        yield
     except RevisionNotFoundError as error:
         raise ValueError(f"The model {repo!r} has no revision {revision!r} on the hub.") from error
     except RepositoryNotFoundError as error:

@@ -7,16 +7,14 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+from ..config_file import read_flags
+from ..errors import raising
 from ..evaluation.processes import join_processes, rank_and_world
-from ..evaluation.requirements import MeasurementError
 from .comparison import write_comparison
 from .pages import evaluation_report, write_report
 from .results import Results
 from .run import evaluate
 from .settings import EvaluationArguments
-
-# What the user can mend; anything else deserves its traceback.
-_EXPECTED = (ValueError, OSError, ImportError, MemoryError, MeasurementError, FloatingPointError)
 
 
 class EvaluateParser(HfArgumentParser):
@@ -25,6 +23,7 @@ class EvaluateParser(HfArgumentParser):
     def __init__(self):
         super().__init__(EvaluationArguments, prog="hf-sam evaluate")
         self.add_argument("--config", help="YAML file with any of these flags; those of the command line win")
+        raising(self)
 
     def set_defaults_with_config(self, **config) -> list[str]:
         """Take what a config file holds as defaults; returns the names and values that are no flags of this parser."""
@@ -41,43 +40,47 @@ class EvaluateParser(HfArgumentParser):
 
 
 def evaluate_main(argv: list[str]) -> int:
-    """Measure, write the record and the reports; returns the exit status."""
-    parser = EvaluateParser()
-    try:
-        if config := parser.parse_args(argv).config:
-            # What is no flag of this parser was for the launcher.
-            parser.set_defaults_with_config(**read_config(config))
-        flags = vars(parser.parse_args(argv))
-        settings = EvaluationArguments(**{name: value for name, value in flags.items() if name != "config"})
-        join_processes()
-        logging.set_verbosity_error()
-        record = evaluate(settings)
-        if rank_and_world()[0] == 0:
-            for path in write_report(record, settings.output):
-                print(path)
-            print(Path(settings.output) / "results.json")
-    except _EXPECTED as error:
-        print(f"hf-sam evaluate: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Measure, and write the record and the reports.
 
-
-def read_config(path: str) -> dict:
-    """The flags in a YAML file.
-
-    Raises:
-        ValueError: if it holds something else.
+    Returns:
+        `int`: 0, or 1 if a measure failed: the others are there, and the report says which failed and why.
     """
-    import yaml
+    parser = EvaluateParser()
+    if config := parser.parse_args(argv).config:
+        # What is no flag of this parser was for the launcher.
+        parser.set_defaults_with_config(**read_flags(config))
+    flags = vars(parser.parse_args(argv))
+    settings = EvaluationArguments(**{name: value for name, value in flags.items() if name != "config"})
+    join_processes()
+    logging.set_verbosity_error()
+    record = evaluate(settings)
+    if rank_and_world()[0] == 0:
+        for path in write_report(record, settings.output):
+            print(path)
+        print(Path(settings.output) / "results.json")
+        tell_failures(record)
+    return 1 if failed_parts(record) else 0
 
-    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"the config file {path} must hold a mapping of flags to values")
-    return config
+
+def failed_parts(record: dict) -> list[dict]:
+    """The parts of a record that could not be measured; each has its reason in `error`."""
+    return [part for part in record["parts"] if part.get("error")]
 
 
-def report_main(argv: list[str]) -> int:
-    """Write the report of one evaluation again, or compare several; returns the exit status."""
+def tell_failures(record: dict) -> None:
+    """One line on standard error about what could not be measured, if there is something."""
+    if failed := failed_parts(record):
+        first = failed[0]
+        what = " ".join(filter(None, (first["part"], "of", first["model"], first["variant"])))
+        print(
+            f"{record['name']}: {len(failed)} of {len(record['parts'])} measures failed, first {what}: "
+            f"{' '.join(first['error'].split())} The report lists all; the same command tries them again.",
+            file=sys.stderr,
+        )
+
+
+def report_parser() -> argparse.ArgumentParser:
+    """The parser of `hf-sam report`."""
     parser = argparse.ArgumentParser(
         prog="hf-sam report", description="Compare evaluations, the first of which is the reference."
     )
@@ -90,16 +93,17 @@ def report_main(argv: list[str]) -> int:
         default=[],
         help="pretraining budget of each base: finds the inflection point",
     )
-    arguments = parser.parse_args(argv)
-    try:
-        if len(arguments.folders) == 1:
-            folder = arguments.folders[0]
-            paths = evaluation_report(Results.read(folder)).write(arguments.output or folder)
-        else:
-            paths = write_comparison(arguments.folders, arguments.output or "comparison", arguments.budgets)
-    except _EXPECTED as error:
-        print(f"hf-sam report: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+def report_main(argv: list[str]) -> int:
+    """Write the report of one evaluation again, or compare several; returns the exit status."""
+    arguments = raising(report_parser()).parse_args(argv)
+    if len(arguments.folders) == 1:
+        folder = arguments.folders[0]
+        paths = evaluation_report(Results.read(folder)).write(arguments.output or folder)
+    else:
+        paths = write_comparison(arguments.folders, arguments.output or "comparison", arguments.budgets)
     for path in paths:
         print(path)
     return 0

@@ -7,7 +7,7 @@ from ..evaluation.frontier import forgetting_reduction, inflection_point
 from ..evaluation.loss import forgetting
 from ..evaluation.plots import plot_frontier
 from .document import Document
-from .pages import error_text
+from .pages import MISSING, change_text, error_text, loss_text
 from .results import Results
 
 
@@ -86,8 +86,8 @@ def _bases(document: Document, results: Sequence[Results]) -> None:
     rows = []
     for one in results:
         loss = one.loss(one.base, data)
-        against = "" if one is results[0] else str(forgetting(first, loss))
-        rows.append([one.name, one.base, f"{loss.loss:.4f}", against])
+        against = "" if one is results[0] else change_text(first, loss)
+        rows.append([one.name, one.base, loss_text(loss), against])
     document.table(["run", "base", f"loss on {data}", "against the reference"], rows)
 
 
@@ -102,9 +102,14 @@ def _quantized(document: Document, results: Sequence[Results]) -> None:
         lost = None
         for one in results:
             before, after = one.loss(one.base, data), one.loss(one.base, data, scheme)
+            if before is None or after is None:
+                rows.append([scheme, one.name, MISSING, "", loss_text(after)])
+                continue
             damage = forgetting(before, after)
-            change = "" if lost is None else _change(damage.value, lost)
-            lost = damage.value if lost is None else lost
+            if one is results[0]:
+                lost, change = damage.value, ""
+            else:
+                change = MISSING if lost is None else _change(damage.value, lost)
             rows.append([scheme, one.name, str(damage), change, f"{after.loss:.4f}"])
     document.table(["scheme", "run", "damage", "against the reference", "loss where it ended"], rows)
 
@@ -179,7 +184,8 @@ def _benchmarks(document: Document, results: Sequence[Results]) -> None:
         row = [task]
         for one in results:
             best = _best_tuned(one)
-            after = f" → {100 * one.benchmarks(best)[task].value:.1f}" if best is not None else ""
+            scored = one.benchmarks(best).get(task) if best is not None else None
+            after = f" → {100 * scored.value:.1f}" if scored is not None else ""
             row.append(f"{100 * scores[one.name][task].value:.1f}{after}")
         rows.append(row)
     document.table(["task", *scores], rows)
@@ -240,7 +246,8 @@ def _inflection(document: Document, results: Sequence[Results], budgets: Sequenc
 
 def _best_tuned(one: Results) -> str | None:
     data = (*one.tasks, *one.old)[0]
-    return min(one.tuned, key=lambda name: one.loss(name, data).loss, default=None)
+    losses = {name: one.loss(name, data) for name in one.tuned}
+    return min((name for name in losses if losses[name] is not None), key=lambda name: losses[name].loss, default=None)
 
 
 def _change(value: float, reference: float) -> str:

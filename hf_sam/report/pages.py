@@ -6,10 +6,12 @@ Every comparison shows what was lost, and where it ended: a model that had less 
 from pathlib import Path
 
 from ..evaluation.benchmarks import score_change
-from ..evaluation.loss import forgetting
+from ..evaluation.loss import HeldOutLoss, forgetting
 from ..evaluation.plots import plot_layers, plot_line, plot_noise, plot_plane
 from .document import Document
 from .results import Results
+
+MISSING = "missing"
 
 
 def write_report(record: dict, folder: str | Path) -> tuple[Path, Path]:
@@ -66,15 +68,15 @@ def losses(document: Document, results: Results) -> None:
     rows = []
     for data in (*results.old, *results.tasks):
         role = "old" if data in results.old else "task"
-        before = results.loss(results.base, data) if results.measured(results.base, data) else None
-        if before is None:
-            rows.append([data, role, results.base, "cannot read its tokens", "", ""])
-        else:
-            rows.append([data, role, results.base, f"{before.loss:.4f}", f"{before.perplexity:.2f}", ""])
-        for name in results.tuned:
-            after = results.loss(name, data)
-            change = "" if before is None else str(forgetting(before, after))
-            rows.append([data, role, name, f"{after.loss:.4f}", f"{after.perplexity:.2f}", change])
+        before = results.loss(results.base, data)
+        for name in results.models:
+            if not results.readable(name, data):
+                rows.append([data, role, name, "cannot read its tokens", "", ""])
+                continue
+            loss = results.loss(name, data)
+            values = [MISSING, MISSING] if loss is None else [f"{loss.loss:.4f}", f"{loss.perplexity:.2f}"]
+            change = "" if name == results.base or before is None else change_text(before, loss)
+            rows.append([data, role, name, *values, change])
     document.table(["data", "role", "model", "loss", "perplexity", "change"], rows)
 
 
@@ -92,7 +94,8 @@ def interpolations(document: Document, results: Results) -> None:
             row = [name, f"{alpha:g}"]
             for data in sets:
                 loss = results.loss(name, data, f"wise-ft {alpha:g}")
-                row.append(f"{loss.loss:.4f} ({forgetting(results.loss(results.base, data), loss)})")
+                change = change_text(results.loss(results.base, data), loss)
+                row.append(MISSING if loss is None else f"{loss.loss:.4f} ({change})")
             rows.append(row)
     document.table(["model", "alpha", *(f"loss on {data}" for data in sets)], rows)
 
@@ -111,27 +114,18 @@ def quantization(document: Document, results: Results) -> None:
     for scheme in schemes:
         for name in results.models:
             (proof,) = results.find("quantized", name, scheme)
+            bits = MISSING if proof["result"] is None else f"{proof['result']['bits']:.2f}"
             for data in results.old:
                 before, after = results.loss(name, data), results.loss(name, data, scheme)
-                bits = f"{proof['result']['bits']:.2f}"
-                rows.append(
-                    [
-                        scheme,
-                        bits,
-                        name,
-                        data,
-                        f"{before.loss:.4f}",
-                        f"{after.loss:.4f}",
-                        str(forgetting(before, after)),
-                    ]
-                )
+                rows.append([scheme, bits, name, data, loss_text(before), loss_text(after), change_text(before, after)])
     document.table(["scheme", "bits", "model", "data", "before", "after", "damage"], rows)
 
 
 def benchmarks(document: Document, results: Results) -> None:
     """Scores, and their changes by fine-tuning and by quantization."""
-    before = results.benchmarks(results.base)
-    if not before:
+    scores = [results.benchmarks(name) for name in results.models]
+    before, tasks = scores[0], next(filter(None, scores), {})
+    if not tasks:
         return
     document.heading("Benchmarks")
     document.text(
@@ -145,10 +139,13 @@ def benchmarks(document: Document, results: Results) -> None:
     for scheme in results.record["settings"]["quantize"]:
         columns += [(name, scheme, results.benchmarks(name)) for name in results.models]
     rows = []
-    for task in before:
-        row = [task, before[task].metric]
+    for task in tasks:
+        row = [task, tasks[task].metric]
         for name, variant, reference in columns:
-            result = results.benchmarks(name, variant)[task]
+            result = results.benchmarks(name, variant).get(task)
+            if result is None:
+                row.append(MISSING)
+                continue
             change = f" ({_percent(score_change(reference[task], result))})" if reference else ""
             row.append(f"{100 * result.value:.1f}{change}")
         rows.append(row)
@@ -175,7 +172,7 @@ def sharpness(document: Document, results: Results) -> None:
                 continue
             found = results.result(kind, name)
             if found is None:
-                row += ["missing"] * len(titles[kind])
+                row += [MISSING] * len(titles[kind])
             elif kind == "kl":
                 row.append(f"{found['value']:.3e} ± {error_text(found['standard_error'])}")
             elif kind == "sam":
@@ -245,10 +242,22 @@ def similarity(document: Document, results: Results) -> None:
 
 def failures(document: Document, results: Results) -> None:
     """What could not be measured."""
-    rows = [[r["part"], r["model"], r["error"]] for r in results.record["parts"] if r.get("error")]
-    if rows:
+    failed = [record for record in results.record["parts"] if record.get("error")]
+    if failed:
         document.heading("Missing")
-        document.table(["measure", "model", "why"], rows)
+        columns = ("part", "model", "variant", "data", "error")
+        rows = [[record.get(column, "") for column in columns] for record in failed]
+        document.table(["measure", "model", "variant", "data", "why"], rows)
+
+
+def loss_text(loss: HeldOutLoss | None) -> str:
+    """A loss for a table."""
+    return MISSING if loss is None else f"{loss.loss:.4f}"
+
+
+def change_text(before: HeldOutLoss | None, after: HeldOutLoss | None) -> str:
+    """How much a loss grew, with its interval, for a table."""
+    return MISSING if before is None or after is None else str(forgetting(before, after))
 
 
 def _present(found: dict) -> dict:

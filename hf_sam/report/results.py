@@ -56,19 +56,19 @@ class Results:
         found = self.find(part, model)
         return found[0]["result"] if found else None
 
-    def measured(self, model: str, data: str, variant: str = "") -> bool:
-        """Whether there is a loss: the base cannot read tokens that were added for the fine-tuning."""
-        return bool(self.find("loss", model, variant, data))
+    def readable(self, model: str, data: str) -> bool:
+        """Whether the loss of a model was to be measured: the base cannot read tokens that fine-tuning added."""
+        return bool(self.find("loss", model, "", data))
 
-    def loss(self, model: str, data: str, variant: str = "") -> HeldOutLoss:
-        """Held-out loss of a model on a dataset."""
-        (record,) = self.find("loss", model, variant, data)
-        return HeldOutLoss.from_dict(record["result"])
+    def loss(self, model: str, data: str, variant: str = "") -> HeldOutLoss | None:
+        """Held-out loss of a model on a dataset; None if it could not be measured."""
+        found = [record["result"] for record in self.find("loss", model, variant, data)]
+        return HeldOutLoss.from_dict(found[0]) if found and found[0] is not None else None
 
     def benchmarks(self, model: str, variant: str = "") -> dict[str, BenchmarkResult]:
-        """Benchmark results of a model by task; none if none were asked for."""
+        """Benchmark results of a model by task; none if none were asked for, or could be made."""
         found = self.find("benchmarks", model, variant)
-        if not found:
+        if not found or found[0]["result"] is None:
             return {}
         return {
             task: BenchmarkResult(**{k: v for k, v in values.items() if k != "standard_error"})
@@ -76,10 +76,12 @@ class Results:
         }
 
     def sweep(self) -> list[TunedRun]:
-        """The tuned models as runs of a sweep, on the first old and the first task data; empty without the latter."""
-        if not self.tasks:
-            return []
+        """The tuned models as runs of a sweep, on the first old and the first task data; empty without the latter.
+
+        A model whose losses could not be measured, e.g. since its training diverged, is no point of the sweep.
+        """
         before = self.loss(self.base, self.old[0])
-        return [
-            TunedRun(name, before, self.loss(name, self.old[0]), self.loss(name, self.tasks[0])) for name in self.tuned
-        ]
+        if not self.tasks or before is None:
+            return []
+        losses = {name: (self.loss(name, self.old[0]), self.loss(name, self.tasks[0])) for name in self.tuned}
+        return [TunedRun(name, before, *pair) for name, pair in losses.items() if None not in pair]

@@ -7,7 +7,7 @@ data, tasks and packages are known to be there.
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from ..evaluation.hessian import hessian_spectrum
 from ..evaluation.landscape import loss_along_line, loss_on_plane, loss_on_random_plane
 from ..evaluation.loss import held_out_loss
 from ..evaluation.noise import noise_kl, noise_sensitivity
-from ..evaluation.processes import rank_and_world, titled
+from ..evaluation.processes import from_first, rank_and_world, titled
 from ..evaluation.quantization import is_rounding
-from ..evaluation.requirements import need
+from ..evaluation.requirements import MeasurementError, need
 from ..evaluation.sharpness import sam_sharpness
 from ..evaluation.similarity import representation_similarity, weight_distance
 from ..evaluation.sources import (
@@ -34,9 +34,10 @@ from ..evaluation.sources import (
 )
 from ..resources import write_json
 from .environment import environment, versions
+from .finished import check_same_evaluation
 from .models import Models
 from .settings import EvaluationArguments
-from .store import PartStore
+from .store import FAILURES, PartStore
 
 
 def evaluate(settings: EvaluationArguments) -> dict:
@@ -44,8 +45,13 @@ def evaluate(settings: EvaluationArguments) -> dict:
 
     Under several processes (`accelerate launch`), batches are shared out between them, and the first one writes.
 
+    In a folder that holds a finished evaluation, the same one may be asked for again, also with more models, data or
+    measures; what is there already is not measured again. Another one is refused unless `settings.overwrite` is set.
+    A measure that fails, e.g. since the training of a model diverged, leaves its reason in the record, and the others.
+
     Raises:
-        ValueError, OSError, ImportError: before anything is measured, if something that it needs is not there.
+        ValueError, OSError, ImportError: before anything is measured, if something that it needs is not there, or the
+            output folder holds another finished evaluation.
     """
     return Evaluation(settings).run()
 
@@ -83,6 +89,19 @@ class Evaluation:
                 "seed": settings.seed,
             }
         self._tasks_loaded = False
+        if not settings.overwrite:
+            self._check_finished()
+
+    def _check_finished(self):
+        # The first process writes, so its disk decides for all.
+        problem = None
+        if rank_and_world()[0] == 0:
+            try:
+                check_same_evaluation(self.settings.output, self.record())
+            except ValueError as error:
+                problem = str(error)
+        if problem := from_first(problem):
+            raise ValueError(problem)
 
     def _check_models(self):
         settings = self.settings
@@ -158,7 +177,7 @@ class Evaluation:
                     lambda: loss_on_random_plane(
                         self.models.get(source), self.sharpness_data, seed=settings.seed, batch_size=settings.batch_size
                     ).to_dict(),
-                    may_fail=True,
+                    [(source.name, "")],
                 )
             if source is not self.base:
                 self._compared_with_base(about, source)
@@ -192,9 +211,19 @@ class Evaluation:
         elif settings.tasks and not self._tasks_loaded:
             load_tasks(settings.tasks, settings.task_folder or None)
             self._tasks_loaded = True
-        with opened() as (model, made_of):
-            for what, on, measure in measures:
-                self._part(what, on, lambda measure=measure: measure(model, made_of))
+        left = list(measures)
+        try:
+            with opened() as (model, made_of):
+                for what, on, measure in measures:
+                    needs = [(source.name, "")] if variant in settings.quantize else []
+                    needs += [(source.name, variant)] if what["part"] == "benchmarks" else []
+                    self._part(what, on, lambda measure=measure: measure(model, made_of), needs)
+                    left.pop(0)
+        except FAILURES as error:
+            # The variant cannot be loaded, interpolated or quantized, e.g. since its training diverged.
+            failed = functools.partial(_raise, error)
+            for what, on, _ in left:
+                self._part(what, on, failed)
 
     def _loss(self, model, data: HeldOutData) -> dict:
         return held_out_loss(model, data, batch_size=self.settings.batch_size).to_dict()
@@ -229,13 +258,14 @@ class Evaluation:
             {"part": kind, **about},
             depends,
             lambda: measures[kind](self.models.get(source), self.sharpness_data).to_dict(),
-            may_fail=True,
+            [(source.name, "")],
         )
 
     def _compared_with_base(self, about: dict, source: ModelSource):
         settings = self.settings
         depends = {**_weights(source), "base": self.base.fingerprint, **_documents(self.sharpness_data)}
         common = {"batch_size": settings.batch_size}
+        both = [(self.base.name, ""), (source.name, "")]
         if "line" in settings.landscape:
             self._part(
                 {"part": "line", **about},
@@ -243,10 +273,10 @@ class Evaluation:
                 lambda: loss_along_line(
                     self.models.get(self.base), self.models.on_host(source), self.sharpness_data, **common
                 ).to_dict(),
-                may_fail=True,
+                both,
             )
         if settings.similarity:
-            self._part({"part": "similarity", **about}, depends, lambda: self._similarity(source), may_fail=True)
+            self._part({"part": "similarity", **about}, depends, lambda: self._similarity(source), both)
 
     def _similarity(self, source: ModelSource) -> dict:
         base, tuned = self.models.get(self.base), self.models.get(source)
@@ -269,12 +299,23 @@ class Evaluation:
                     names=names,
                     batch_size=self.settings.batch_size,
                 ).to_dict(),
-                may_fail=True,
+                [(name, "") for name in names],
             )
 
-    def _part(self, about: dict, depends: dict, compute: Callable[[], dict], may_fail: bool = False):
+    def _part(self, about: dict, depends: dict, compute: Callable[[], dict], needs: Sequence[tuple[str, str]] = ()):
+        """Measure a part; `needs` are models, with their variants, without whose losses it would mean nothing.
+
+        Where logits are not finite, sharpness is no number, and a harness scores the model as if it had answered.
+        """
+
+        def checked() -> dict:
+            for part in self.store.records:
+                if part["part"] == "loss" and part.get("error") and (part["model"], part["variant"]) in needs:
+                    raise MeasurementError(f"{part['model']}: {part['error']}")
+            return compute()
+
         with titled(f"{about['model']} {about.get('variant', '')}".strip()):
-            return self.store.part(*self._key(about, depends), compute, may_fail)
+            return self.store.part(*self._key(about, depends), checked)
 
     def _key(self, about: dict, depends: dict) -> tuple[dict, dict]:
         return {"variant": "", "data": "", **about}, {**depends, "dtype": self.settings.dtype}
@@ -303,6 +344,10 @@ class Evaluation:
             ],
             "parts": self.store.records,
         }
+
+
+def _raise(error: BaseException) -> dict:
+    raise error
 
 
 def _weights(source: ModelSource) -> dict:

@@ -34,7 +34,12 @@ class EvaluationArguments:
     tuned: list[str] = _flag([], "Models that were made from it: one, or a sweep.")
     data: list[str] = _flag([], "Old data, on which forgetting is measured; the first one also for sharpness.")
     task_data: list[str] = _flag([], "Held-out fine-tuning data; the first one is compared at equal loss.")
-    output: str = _flag("evaluation", "Folder of the results; a second run there goes on with what is missing.")
+    output: str = _flag(
+        "evaluation",
+        "Folder of the results. The same evaluation again, also with more models, data or measures, goes on with what "
+        "is missing; another one is refused.",
+    )
+    overwrite: bool = _flag(False, "Replace another finished evaluation in the folder of --output.")
     name: str = _flag("", "What reports call this run, e.g. the method; the name of the output folder if omitted.")
     data_column: str = _flag("text", "Column of text; 'completion' (with 'prompt') or 'messages' are formatted.")
     task_column: str = _flag("", "The same for --task_data; that of --data_column if omitted.")

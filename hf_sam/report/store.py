@@ -18,6 +18,9 @@ from ..resources import check_disk, write_json
 # What a large evaluation writes: results of some thousand documents, and plots.
 _SPACE = 64 << 20
 
+# What may keep a part from being measured, and leaves the others: a model that diverged, or too little memory.
+FAILURES = (MeasurementError, FloatingPointError, ValueError, MemoryError, torch.OutOfMemoryError)
+
 
 class PartStore:
     """Computes parts once, and keeps them in a folder.
@@ -37,34 +40,30 @@ class PartStore:
         if rank_and_world()[0] == 0:
             check_disk(self.folder, _SPACE, f"an evaluation in {str(folder)!r}")
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".writable"
-            probe.write_text("")
-            probe.unlink()
 
     def has(self, about: dict, depends: dict) -> bool:
         """Whether a part is there already."""
         return from_first(self._read(about, depends) is not None)
 
-    def part(self, about: dict, depends: dict, compute: Callable[[], dict], may_fail: bool = False) -> dict | None:
+    def part(self, about: dict, depends: dict, compute: Callable[[], dict]) -> dict | None:
         """The result of a part, computed unless it is there.
+
+        A measure that cannot be made leaves a record with its error, and the rest is measured nevertheless. It is not
+        written to disk, so that a later run tries again.
 
         Args:
             about (`dict`): what it is, for the report: `part`, `model`, `variant`, `data`.
             depends (`dict`): what it depends on besides, for its hash.
             compute (`Callable`): makes the result, for JSON; called on all processes or on none.
-            may_fail (`bool`, defaults to `False`): whether a measurement that cannot be made leaves a record with its
-                error instead of a result.
         """
         record = from_first(self._read(about, depends))
         if record is None:
             started = time.perf_counter()
             try:
                 result = compute()
-            except (MeasurementError, FloatingPointError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
-                if not may_fail:
-                    raise
-                # The rest is still worth having; this part is not written, so that a later run tries again.
-                self.records.append({**about, "result": None, "error": str(error)})
+            except FAILURES as error:
+                reason = str(error) or type(error).__name__
+                self.records.append({**about, "result": None, "error": reason})
                 return None
             record = {**about, "result": result, "seconds": round(time.perf_counter() - started, 3)}
             if rank_and_world()[0] == 0:

@@ -191,7 +191,7 @@ def test_a_run_that_is_done_is_left_alone_and_other_settings_are_refused(launch,
     assert again.status == [0]
     assert (tmp_path / "done" / "model.safetensors").stat().st_mtime_ns == before
     other = run(launch, config, tmp_path / "done", "--streaming", True, "--sam_rho", 0.1)
-    assert other.status == [1]
+    assert other.status == [2]
     assert "holds a run with other settings (sam_rho 0.05 -> 0.1)" in other.output[0]
 
 
@@ -238,7 +238,7 @@ def test_a_saved_dataset_is_resumed_and_a_plain_trainers_checkpoint_is_annealed(
     # Another checkpoint in its place makes another run.
     (checkpoint / "trainer_state.json").write_text(json.dumps(state, indent=1))
     changed = run(launch, config, tmp_path / "annealed", *annealed)
-    assert changed.status == [1]
+    assert changed.status == [2]
     assert "annealed '" in changed.output[0]
 
 
@@ -248,11 +248,11 @@ def test_a_checkpoint_that_cannot_be_annealed_from_is_refused(launch, config, fi
     shutil.copytree(finished("single", 1, True) / "checkpoint-3", checkpoint)
     annealed = ["--streaming", "true", "--anneal_from", checkpoint, "--train_tokens", "256"]
     other_rate = run(launch, config, tmp_path / "a", *annealed, "--learning_rate", "1e-3")
-    assert other_rate.status == [1]
+    assert other_rate.status == [2]
     assert "was trained at a learning rate of 0.005" in other_rate.output[0]
     (checkpoint / "scheduler.pt").unlink()
     weights_only = run(launch, config, tmp_path / "b", *annealed)
-    assert weights_only.status == [1]
+    assert weights_only.status == [2]
     assert "holds no optimizer and schedule of its step 3" in weights_only.output[0]
 
 
@@ -285,7 +285,7 @@ def test_what_is_wrong_is_told_in_a_line_at_the_start(launch, config, tmp_path, 
     import re
 
     ended = run(launch, config, tmp_path, "--streaming", "true", *flags)
-    assert ended.status == [1], ended.output[0][-2000:]
+    assert ended.status == [2], ended.output[0][-2000:]
     assert re.search(message, ended.output[0]), ended.output[0][-2000:]
     assert "Traceback" not in ended.output[0]
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -296,7 +296,7 @@ def test_a_full_disk_is_told_at_the_start(shelf_of_recipes, config, tmp_path, mo
 
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert olmo_mid_sam.main(["--config", config, "--output_dir", str(tmp_path)]) == 1
+    assert olmo_mid_sam.main(["--config", config, "--output_dir", str(tmp_path)]) == 2
     assert "No disk space: the model and 4 checkpoints" in capsys.readouterr().err
 
 
@@ -310,7 +310,7 @@ def test_other_data_in_the_middle_of_a_run_is_refused(launch, config, finished, 
         (["--z_loss", "0"], "z_loss 0.001 -> 0.0"),
     ):
         ended = run(launch, config, folder, "--streaming", "true", *flags)
-        assert ended.status == [1]
+        assert ended.status == [2]
         assert message in ended.output[0], ended.output[0]
 
 
@@ -322,7 +322,7 @@ def test_text_that_changed_on_the_disk_is_refused(launch, config, shelf_of_recip
     with (tmp_path / "text" / "part-0.jsonl").open("a") as file:
         file.write('{"text": "w1 w2"}\n')
     ended = run(launch, config, tmp_path / "run", *flags)
-    assert ended.status == [1]
+    assert ended.status == [2]
     assert "holds a run with other settings (data_and_tokenizer '" in ended.output[0]
 
 

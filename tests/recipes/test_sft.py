@@ -135,7 +135,7 @@ def test_other_settings_of_what_is_there_are_refused(launch, config, finished):
         (["--max_length", "20"], "max_length 24 -> 20"),
     ):
         ended = run(launch, config, folder, *flags)
-        assert ended.status == [1]
+        assert ended.status == [2]
         assert message in ended.output[0], ended.output[0][-2000:]
     assert run(launch, config, folder).status == [0]
 
@@ -165,7 +165,7 @@ def test_only_the_model_is_kept_unless_asked_for_more(launch, config, tmp_path):
 )
 def test_what_is_wrong_is_told_in_a_line_at_the_start(launch, config, tmp_path, flags, message):
     ended = run(launch, config, tmp_path, *flags)
-    assert ended.status == [1], ended.output[0][-2000:]
+    assert ended.status == [2], ended.output[0][-2000:]
     assert re.search(re.escape(message), ended.output[0]), ended.output[0][-2000:]
     assert "Traceback" not in ended.output[0]
 

@@ -66,5 +66,5 @@ def test_the_files_are_those_that_the_preset_names(documents, tmp_path, capsys):
         assert {*json.loads(lines[0])} == columns
     assert (tmp_path / "data" / "tokenizer" / "tokenizer.json").exists()
     text.write_text("Too little.")
-    assert toy_data.main(argv) == 1
+    assert toy_data.main(argv) == 2
     assert "--text_file a larger text" in capsys.readouterr().err

@@ -162,8 +162,8 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_folders_without_results(tmp_path, capsys):
-    assert cli.main(["report", str(tmp_path)]) == 1
+    assert cli.main(["report", str(tmp_path)]) == 2
     assert "hf-sam evaluate --output" in capsys.readouterr().err
     (tmp_path / "results.json").write_text('{"name": "x"}')
-    assert cli.main(["report", str(tmp_path)]) == 1
+    assert cli.main(["report", str(tmp_path)]) == 2
     assert "not the record of an evaluation" in capsys.readouterr().err

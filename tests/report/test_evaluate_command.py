@@ -156,6 +156,7 @@ def test_what_changed_is_measured_again(shelf, tmp_path):
     settings = {"tuned": [str(tmp_path / "tuned1")], "task_data": []}
     first = evaluate(arguments(shelf, tmp_path / "out", **settings))
     sharp_olmo2(seed=3).save_pretrained(tmp_path / "tuned1")
+    settings["overwrite"] = True
     second = evaluate(arguments(shelf, tmp_path / "out", **settings))
     assert first["parts"][0]["result"]["loss"] == second["parts"][0]["result"]["loss"]
     assert first["parts"][1]["result"]["loss"] != second["parts"][1]["result"]["loss"]
@@ -164,7 +165,7 @@ def test_what_changed_is_measured_again(shelf, tmp_path):
     assert len(list((tmp_path / "out" / "parts").glob("*.json"))) == 5
 
 
-def test_a_measure_that_fails_does_not_take_the_others_with_it(shelf, tmp_path, monkeypatch):
+def test_a_measure_that_fails_does_not_take_the_others_with_it(shelf, tmp_path, monkeypatch, capsys):
     from hf_sam.evaluation.requirements import MeasurementError
 
     def fail(*args, **kwargs):
@@ -172,7 +173,9 @@ def test_a_measure_that_fails_does_not_take_the_others_with_it(shelf, tmp_path, 
 
     monkeypatch.setattr(run, "hessian_spectrum", fail)
     flags = ("--sharpness", "hessian", "sam", "--sharpness_documents", "2")
-    assert cli.main(command(shelf, tmp_path, *flags, tuned=["tuned1"])) == 0
+    assert cli.main(command(shelf, tmp_path, *flags, tuned=["tuned1"])) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "2 of 8 measures failed, first hessian of base: no eigenvalue was found" in line
     report = (tmp_path / "report.md").read_text()
     assert "no eigenvalue was found" in report
     assert "missing" in report
@@ -243,11 +246,11 @@ def test_other_vocabularies_and_full_disks_are_told_before(shelf, tmp_path, monk
     path.write_text(json.dumps(content))
     argv = command(shelf, tmp_path / "out", tuned=["tuned1"])
     argv[argv.index(str(shelf / "tuned1"))] = str(tmp_path / "other")
-    assert cli.main(argv) == 1
+    assert cli.main(argv) == 2
     assert "tokenizers of the base and of 'other' differ: 2 of 64" in capsys.readouterr().err
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert cli.main(command(shelf, tmp_path / "out")) == 1
+    assert cli.main(command(shelf, tmp_path / "out")) == 2
     assert "No disk space: an evaluation in" in capsys.readouterr().err
 
 
@@ -298,7 +301,7 @@ def test_chats_with_new_tokens_are_measured_where_they_can_be_read(shelf, tmp_pa
     results = Results.read(tmp_path / "out")
     expected = HeldOutData.from_dataset(rows("chat"), words, column="messages")
     assert results.loss("chat", "chats").loss == held_out_loss(model, expected).loss
-    assert not results.measured("base", "chats")
+    assert not results.readable("base", "chats")
     assert "cannot read its tokens" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -315,7 +318,7 @@ def test_help_and_missing_packages(capsys, monkeypatch):
     assert "--quantize" in capsys.readouterr().out
     real = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "scipy" else real(name))
-    assert cli.main(["evaluate", "--base", "x"]) == 1
+    assert cli.main(["evaluate", "--base", "x"]) == 2
     assert "pip install 'hf-sam[eval]'" in capsys.readouterr().err
 
 

@@ -1,0 +1,85 @@
+"""What a finished evaluation may become when another one is asked for in its folder: more, but not something else."""
+
+from pathlib import Path
+
+from .results import Results
+
+# Settings by the measures whose numbers depend on them. What decides about losses is in the hash of the data.
+_DEPENDS = {
+    "sharpness": ("sharpness_documents", "seed"),
+    "landscape": ("sharpness_documents", "seed"),
+    "similarity": ("sharpness_documents",),
+    "benchmarks": ("num_fewshot", "benchmark_limit", "task_folder", "seed"),
+}
+
+
+def check_same_evaluation(folder: str | Path, now: dict) -> None:
+    """Check that a new record would hold all that the finished one in a folder holds.
+
+    The same evaluation again, and one with more models, data or measures, is that. An evaluation that was interrupted
+    has left no record, and may become anything.
+
+    Args:
+        folder (`str` or `Path`): output folder of the new evaluation.
+        now (`dict`): its record, of which the parts need not be measured yet.
+
+    Raises:
+        ValueError: if the folder holds another evaluation; the message says what differs.
+    """
+    if not (Path(folder) / "results.json").exists():
+        return
+    remedy = "Choose another --output, or replace it with --overwrite."
+    try:
+        before = Results.read(folder).record
+        changed = differences(before, now)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{str(folder)!r} holds a results.json that is no record of an evaluation. {remedy}"
+        ) from error
+    if changed:
+        raise ValueError(f"{str(folder)!r} holds another evaluation ({'; '.join(changed)}). {remedy}")
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """What of the record `before` the record `now` leaves out, or measures otherwise, in words."""
+    found = []
+    if before["name"] != now["name"]:
+        found.append(f"its name is {before['name']!r}, not {now['name']!r}")
+    if before["models"][0]["name"] != now["models"][0]["name"]:
+        found.append(f"its base is {before['models'][0]['name']!r}, not {now['models'][0]['name']!r}")
+    found += _changed("model", before["models"], now["models"], "weights")
+    found += _changed("data", before["data"], now["data"], "tokens")
+    for role in ("old", "task"):
+        first, other = ([d["name"] for d in record["data"] if d["role"] == role][:1] for record in (before, now))
+        if first and first != other and other:
+            found.append(f"its first {role} data is {first[0]!r}, not {other[0]!r}")
+    return found + _changed_measures(before, now)
+
+
+def _changed(kind: str, before: list[dict], now: list[dict], content: str) -> list[str]:
+    prints = {one["name"]: one["fingerprint"] for one in now}
+    left_out = [one["name"] for one in before if one["name"] not in prints]
+    other = [one["name"] for one in before if prints.get(one["name"], one["fingerprint"]) != one["fingerprint"]]
+    return [f"its {kind} {name!r} is left out" for name in left_out] + [
+        f"its {kind} {name!r} had other {content}" for name in other
+    ]
+
+
+def _changed_measures(before: dict, now: dict) -> list[str]:
+    old, new = before["settings"], now["settings"]
+    found, decisive = [], ["dtype"]
+    for flag in ("quantize", "wise_ft", "sharpness", "landscape", "benchmarks"):
+        found += [f"--{flag} {value} is left out" for value in old[flag] if value not in new[flag]]
+    if old["similarity"] and not new["similarity"]:
+        found.append("--similarity is left out")
+    for flag, names in _DEPENDS.items():
+        decisive += names if old[flag] else ()
+    if "sam" in old["sharpness"]:
+        decisive.append("sam_rho")
+    for name in dict.fromkeys(decisive):
+        if old[name] != new[name]:
+            found.append(f"it has --{name} {old[name]}, not {new[name]}")
+    planes = [[model["name"] for model in record["models"][1:3]] for record in (before, now)]
+    if "plane" in old["landscape"] and planes[0] != planes[1]:
+        found.append(f"its plane goes through {', '.join(planes[0])}")
+    return found
