@@ -87,7 +87,8 @@ def test_adapters_follow_sam_by_hand_and_nothing_else_moves(tmp_path, method):
         assert entry["sam/ascent_grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     mine = torch.cat([param.detach().flatten() for param in model.parameters() if param.requires_grad])
     theirs = torch.cat([param.detach().flatten() for param in params])
-    assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+    # Rounding makes 2e-8. The weights of IA3 stay near 1, so that a radius that is wrong by a tenth makes only 7e-6.
+    assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
 
 
 def quantized(tmp_path, **config):
