@@ -113,6 +113,8 @@ def _start(command: str, argv: list[str]) -> int:
     from . import launch
 
     parser = raising(_parser(command))
+    # Two arguments, as TRL's parser wants them.
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     config, unknown = _unknown(parser, argv)
     flags = list(parser._option_string_actions)
     for name in config:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from .errors import MISTAKE, UsageError, raising, unknown_arguments
+from .errors import UsageError, raising, unknown_arguments
 
 # Tells the processes that a command launches not to launch again what they read in the config file.
 _LAUNCHED = "HF_SAM_LAUNCHED"
@@ -43,7 +43,7 @@ def launch(command: str, flags: Sequence[str], argv: Sequence[str]) -> int:
         argv (`Sequence[str]`): those of the command.
 
     Returns:
-        `int`: the exit status of the process that failed first, or 0.
+        `int`: the exit status of the process that failed first, 128 and the number of the signal that ended it, or 0.
 
     Raises:
         UsageError: if the launcher does not take its flags.
@@ -61,6 +61,8 @@ def launch(command: str, flags: Sequence[str], argv: Sequence[str]) -> int:
     os.environ[_LAUNCHED] = "1"
     try:
         launch_command(arguments)
+    except KeyboardInterrupt:
+        status = -signal.SIGINT
     except Exception as error:
         status = _status_of(error)
         if status is None:
@@ -70,9 +72,11 @@ def launch(command: str, flags: Sequence[str], argv: Sequence[str]) -> int:
     finally:
         del os.environ[_LAUNCHED]
         elastic.setLevel(level)
-    if status != MISTAKE:  # which the process has told
-        print(f"hf-sam {command}: a process {_ending(status)}.", file=sys.stderr)
-    return status if status > 0 else 128 - status
+    if status > 0:
+        return status
+    if -status != signal.SIGINT:  # the launched processes got Ctrl-C, too, and tell it; one that is killed cannot
+        print(f"hf-sam {command}: a process was ended by {signal.Signals(-status).name}.", file=sys.stderr)
+    return 128 - status  # as a shell has it
 
 
 def _status_of(error: Exception) -> int | None:
@@ -85,10 +89,6 @@ def _status_of(error: Exception) -> int | None:
     if type(error).__name__ == "SignalException":  # this process was asked to end, and has ended the others
         return -int(error.sigval)
     return None
-
-
-def _ending(status: int) -> str:
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
 
 
 def _with_accelerate_config(flags: list[str]) -> list[str]:

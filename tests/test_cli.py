@@ -151,8 +151,9 @@ def test_wrong_config_files_are_told_in_a_line(tmp_path, capsys, monkeypatch, co
     if content is not None:
         config = tmp_path / "config.yaml"
         config.write_text(content)
-    assert main([command, "--config", str(config)]) == 2
-    assert message in one_line(capsys, f"hf-sam {command}")
+    for flag in (["--config", str(config)], [f"--config={config}"]):
+        assert main([command, *flag]) == 2
+        assert message in one_line(capsys, f"hf-sam {command}")
 
 
 @pytest.mark.parametrize("command", ["sft", "clm"])

@@ -9,6 +9,7 @@ import olmo_mid_sam
 import pytest
 import quantize_eval
 import reproduce
+import toy_data
 import yaml
 from configuration import RecipeParser, read_config
 from stages import Stages
@@ -178,6 +179,21 @@ def test_wrong_files_are_told(tmp_path, content, message):
     (tmp_path / "own.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
         olmo_mid_sam.make_parser().parse(["--config", str(tmp_path / "own.yaml"), "--max_steps", "1", "--dry_run"])
+
+
+@pytest.mark.parametrize("recipe", [olmo_mid_sam, metamath_sft, quantize_eval, reproduce, toy_data])
+def test_mistakes_are_told_in_a_line(recipe, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("- a\n")
+    for argv, message in (
+        (["--confg", "x"], "unrecognized argument --confg. Did you mean --config?"),
+        (["--config"], "argument --config: expected"),
+        (["--config", str(tmp_path / "none.yaml")], "none.yaml cannot be read: No such file"),
+        (["--config", str(tmp_path / "own.yaml")], "own.yaml must hold a mapping"),
+    ):
+        assert recipe.main([*argv, "--dry_run"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{recipe.__name__}.py: ")
+        assert message in line
 
 
 def test_an_unknown_preset_is_told(tmp_path):

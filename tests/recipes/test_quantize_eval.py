@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import quantize_eval
@@ -138,3 +139,39 @@ def test_what_is_wrong_is_told(shelf_of_runs, tmp_path, capsys, change, message)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("quantize_eval.py: ")
     assert message in line
+
+
+def test_a_run_of_the_sweep_that_diverged_is_missing_from_the_table(shelf_of_runs, summary, tmp_path, capsys):
+    """The rate was too high: the others are compared without it."""
+    diverged = olmo2()
+    diverged.lm_head.weight.data.fill_(float("nan"))
+    sweep = tmp_path / "sft"
+    shutil.copytree(shelf_of_runs / "sam-sft", sweep)
+    diverged.save_pretrained(sweep / "lr-0.1")
+    tokenizer().save_pretrained(sweep / "lr-0.1")
+    (sweep / "lr-0.1" / "training_done.json").write_text("{}")
+    argv = flags(shelf_of_runs, tmp_path / "out")
+    argv[argv.index(f"sam={shelf_of_runs / 'sam'},{shelf_of_runs / 'sam-sft'}")] = (
+        f"sam={shelf_of_runs / 'sam'},{sweep}"
+    )
+    assert quantize_eval.main(argv) == 0
+    err = capsys.readouterr().err
+    assert "measures failed, first loss of lr-0.1: The weights of 'lr-0.1' are not finite numbers" in err
+    table = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert table["runs"] == summary[0]["runs"]
+    assert "its training diverged" in (tmp_path / "out" / "sam" / "report.md").read_text()
+
+
+def test_a_base_that_diverged_leaves_the_table_of_the_others(shelf_of_runs, tmp_path, capsys):
+    base = olmo2()
+    base.lm_head.weight.data.fill_(float("nan"))
+    base.save_pretrained(tmp_path / "bad")
+    tokenizer().save_pretrained(tmp_path / "bad")
+    argv = flags(shelf_of_runs, tmp_path / "out")
+    good = f"good={shelf_of_runs / 'adamw'},{shelf_of_runs / 'adamw-sft'}"
+    for runs in ([f"bad={tmp_path / 'bad'}", good], [good, f"bad={tmp_path / 'bad'}"]):
+        assert quantize_eval.main(["--runs", *runs, *argv[3:], "--overwrite"]) == 0
+        table = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
+        assert table["bad"]["base loss"] is None
+        assert table["good"]["base loss"] > 0
+        assert "missing" in capsys.readouterr().out
