@@ -20,7 +20,14 @@ logger = get_logger(__name__)
 _HOST_ATTRIBUTES = frozenset(
     {
         *("model", "model_wrapped", "accelerator", "optimizer", "lr_scheduler", "callback_handler", "state", "control"),
-        *("args", "train_dataset", "eval_dataset", "processing_class", "current_gradient_accumulation_steps"),
+        *(
+            "args",
+            "train_dataset",
+            "eval_dataset",
+            "processing_class",
+            "current_gradient_accumulation_steps",
+            "_tr_loss",
+        ),
     }
 )
 
@@ -29,26 +36,21 @@ class TrainerWorld(World):
     """The world of a trainer's passes: also what its attributes hold, and its records.
 
     Args:
-        backend ([`~hf_sam.backends.Backend`]): see [`World`].
+        model (`torch.nn.Module`): see [`World`].
         trainer (`transformers.Trainer`): whose `compute_loss` runs in both passes.
         recorded (`tuple[str, ...]`): names of its attributes that are records.
         known (`frozenset[str]`): those of them that it need not have.
     """
 
-    def __init__(self, backend, trainer, recorded: tuple[str, ...], known: frozenset[str]):
-        super().__init__(backend)
+    def __init__(self, model: torch.nn.Module, trainer, recorded: tuple[str, ...], known: frozenset[str]):
         self._trainer = trainer
         self._recorded = recorded
         self._known = known
         self._watched: dict[str, Any] | None = {}
+        super().__init__(model)
 
     def found(self, functions: list[Callable]) -> list[tuple[str, Any]]:
-        found = []
-        for name, value in vars(self._trainer).items():
-            if name not in _HOST_ATTRIBUTES and not name.startswith("_sam"):
-                found += [(f"{name}.{part}" if part else name, item) for part, item in reach(value)]
-        collator = attributes(getattr(self._trainer, "data_collator", None)) or {}
-        return [*found, *reach(collator)]
+        return reached_by(self._trainer)
 
     def add_records(self, snapshot: Snapshot) -> None:
         add_records(self._trainer, self._recorded, snapshot)
@@ -87,11 +89,20 @@ class TrainerWorld(World):
         }
 
 
+def reached_by(trainer) -> list[tuple[str, Any]]:
+    """Modules, tensors and random generators that the attributes of a trainer hold, and where."""
+    found = []
+    for name, value in vars(trainer).items():
+        if name not in _HOST_ATTRIBUTES and not name.startswith("_sam"):
+            found += [(f"{name}.{part}" if part else name, item) for part, item in reach(value)]
+    # What the host's own collators hold is looked into as well.
+    collator = attributes(getattr(trainer, "data_collator", None)) or {}
+    return [*found, *reach(collator)]
+
+
 def _fingerprint(value: Any) -> Any:
     if type(value) in IMMUTABLE_TYPES:
         return value if isinstance(value, int | float | str) else id(value)
-    if isinstance(value, torch.Tensor) and not value.is_inference():
-        return id(value), value._version
     if isinstance(value, list | dict | set | deque):
         return id(value), len(value)
     return id(value)

@@ -71,7 +71,7 @@ class SAMStep:
         perturbed_context (`Callable[[bool], AbstractContextManager]`, *optional*): around each micro-batch that is
             computed at the perturbed weights, for records that a forward pass makes; called with `True` where the
             same micro-batch was computed at the unperturbed weights before.
-        world (`Callable[[Backend], World]`, *optional*): makes what captures the states that a pass changes.
+        world (`Callable[[torch.nn.Module], World]`, *optional*): makes what captures the states that a pass changes.
 
     Attributes:
         optimizers (`list[torch.optim.Optimizer]` or `None`): see `optimizer`; may be changed between steps.
@@ -99,7 +99,7 @@ class SAMStep:
         exclude_modules: list[str] | None = None,
         seed: int = 0,
         perturbed_context: Callable[[bool], contextlib.AbstractContextManager] | None = None,
-        world: Callable[[Backend], World] = World,
+        world: Callable[[torch.nn.Module], World] = World,
     ):
         _check_kinds(accelerator, model, optimizer)
         check_count("ascent_micro_batches", ascent_micro_batches, zero_allowed=False)
@@ -111,7 +111,7 @@ class SAMStep:
         self.ascent_micro_batches = ascent_micro_batches
         self._accelerator = accelerator
         self.optimizers = optimizer if optimizer is None or isinstance(optimizer, list | tuple) else [optimizer]
-        self._world: World | None = None
+        self._world = world(model)
         self.backend = select_backend(
             accelerator,
             model,
@@ -122,7 +122,7 @@ class SAMStep:
             outside=self._trained_outside,
             seed=seed,
         )
-        self._world = world(self.backend)
+        self._world.bind(self.backend)
         self._metrics = SAMMetrics(accelerator, self.backend.has_coarse_weights())
         self._perturbed_context = perturbed_context or (lambda replayed: contextlib.nullcontext())
         self.reset()
@@ -291,21 +291,20 @@ class SAMStep:
             if self.optimizers is not None or inside & params.keys():
                 trained.update(params)
         trained = {key: param for key, param in trained.items() if key not in inside and param.requires_grad}
-        names = {id(param): name for name, param in self._reached().items()}
+        names = {id(param): name for name, param in self._world.outside_parameters(inside).items()}
         return {names.get(key, f"optimizer.{i}"): param for i, (key, param) in enumerate(trained.items())}
-
-    def _reached(self) -> dict[str, torch.Tensor]:
-        return {} if self._world is None else self._world.outside_parameters()
 
     def _begin(self, functions: list[Callable]) -> None:
         self._world.begin_step(functions)
-        self.backend.begin_step(self._reached().values())
+        inside = {id(param) for model in self.backend.models for param in model.parameters()}
+        self._bystanders = self._world.outside_parameters(inside)
+        self.backend.begin_step(self._bystanders.values())
 
     def _check_bystanders(self) -> None:
         if self.optimizers is not None:
             return  # what they do not have is not trained in this step
         touched = {id(param) for param in self.backend.touched_bystanders()}
-        names = [name for name, param in self._reached().items() if id(param) in touched]
+        names = [name for name, param in self._bystanders.items() if id(param) in touched]
         if names:
             raise RuntimeError(
                 f"The step reaches {len(names)} trainable parameters that are not in the model of SAMStep nor in its "

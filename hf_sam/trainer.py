@@ -16,7 +16,8 @@ from .configs import turn_into_sam
 from .history import SAMHistory
 from .model_card import describe_in_model_card
 from .parameters import check_perturbable, keep_adapters_exact, select_names, trainable_parameters
-from .records import TrainerWorld, appended_taken_back, muted
+from .records import TrainerWorld, appended_taken_back, muted, reached_by
+from .replay import parameters_reached
 from .schedule import SAMWindow, annealing_kwargs, ascent_count
 from .step import SAMStep
 
@@ -297,7 +298,10 @@ class SAMMixin:
         # A wrong pattern should be told now, not after the data was prepared and the model was sharded.
         trainable = trainable_parameters(self.model)
         check_perturbable(trainable)
-        select_names(trainable, self.args.sam_target_modules, self.args.sam_exclude_modules)
+        # Whether what the trainer holds outside of the model trains, its optimizer says, which comes later.
+        inside = {id(param) for param in self.model.parameters()}
+        outside = parameters_reached(reached_by(self), inside)
+        select_names(trainable.keys() | outside.keys(), self.args.sam_target_modules, self.args.sam_exclude_modules)
 
     def _takes_arguments(self) -> bool:
         """Whether the host's constructor has a parameter for the arguments, so that they could have been passed."""

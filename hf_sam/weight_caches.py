@@ -22,7 +22,8 @@ class WeightCaches:
         modules = [module for model in models for module in model.modules()]
         self._fp8 = [module for module in modules if isinstance(vars(module).get("_fp8_workspaces"), dict)]
         self._int8 = [module for module in modules if _keeps_int8_copies(module)]
-        self._scaled = [param for module in modules for param in module._parameters.values() if _scale_holder(param)]
+        holders = [_scale_holder(param) for module in modules for param in module._parameters.values()]
+        self._scaled = [holder for holder in holders if holder is not None]
 
     def clear(self) -> None:
         """Forget everything that was derived from the weights, after they were changed."""
@@ -32,8 +33,8 @@ class WeightCaches:
             module._fp8_workspaces.clear()
         for module in self._int8:
             module.state.CB = module.state.SCB = None
-        for param in self._scaled:
-            _scale_holder(param)._precomputed_scale = None
+        for holder in self._scaled:
+            holder._precomputed_scale = None
 
 
 def _keeps_int8_copies(module: torch.nn.Module) -> bool:

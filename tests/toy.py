@@ -1,5 +1,7 @@
 """Small real models and data that the tests share."""
 
+import itertools
+
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
@@ -43,11 +45,12 @@ class Branches(torch.nn.Module):
         torch.manual_seed(5)
         self.embedding = torch.nn.Embedding(VOCABULARY, 16)
         self.heads = torch.nn.ModuleList(torch.nn.Linear(16, VOCABULARY) for _ in range(2))
-        self.calls = 0
+        calls = itertools.count()
+        # Not a state of the module, which would be the same in both passes.
+        self.next_branch = lambda: next(calls) % 2
 
     def forward(self, input_ids, labels=None, num_items_in_batch=None, attention_mask=None, **kwargs):
-        logits = self.heads[self.calls % 2](torch.tanh(self.embedding(input_ids)))
-        self.calls += 1
+        logits = self.heads[self.next_branch()](torch.tanh(self.embedding(input_ids)))
         total = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
         )

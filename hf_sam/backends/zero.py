@@ -24,7 +24,9 @@ logger = get_logger(__name__)
 
 _PEER_TIMEOUT_SECONDS = 30.0
 # What DeepSpeed counts and keeps on the modules of the user, besides what begins with `ds_`.
-_MODULE_ATTRIBUTES = frozenset({"applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn", "_external_params"})
+_MODULE_ATTRIBUTES = frozenset(
+    {"applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn", "_external_params", "_original_parameters"}
+)
 
 
 class ZeroBackend(Backend):

@@ -8,6 +8,6 @@ from .inputs import KeptInputs
 from .random_streams import RandomState
 from .reach import reach
 from .snapshot import Snapshot
-from .world import World, WorldState
+from .world import World, WorldState, parameters_reached
 
-__all__ = ["KeptInputs", "RandomState", "Snapshot", "World", "WorldState", "reach"]
+__all__ = ["KeptInputs", "RandomState", "Snapshot", "World", "WorldState", "parameters_reached", "reach"]

@@ -74,6 +74,8 @@ class Snapshot:
         self._seen[id(value)] = value
         if depth > _DEEPEST:
             return True
+        if isinstance(value, torch.nn.Parameter):
+            return True  # either trained, or captured with its module
         if isinstance(value, torch.Tensor):
             return self.add_tensor(value, always=named)
         if isinstance(value, torch.nn.Module):

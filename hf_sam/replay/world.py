@@ -35,18 +35,22 @@ class WorldState:
 class World:
     """What the passes of a step change: random streams, modules, and what the loop's own function reaches.
 
-    Modules and random generators that the function names or that its object holds are found by themselves.
+    Modules, tensors and random generators that the function names, or that its object holds, are found by themselves.
 
     Args:
-        backend ([`~hf_sam.backends.Backend`]): knows the models, their devices, and which frozen parameters are whole.
+        model (`torch.nn.Module`): the model as the loop calls it.
     """
 
-    def __init__(self, backend):
-        self._backend = backend
-        self._tensors = TensorContents(backend.room_for_copies())
-        self._modules = ModuleStates([])
+    def __init__(self, model: torch.nn.Module):
+        self._inside = {id(part) for part in model.modules()}
         self._found: list[tuple[str, Any]] = []
         self._warned = False
+        self._look([])
+
+    def bind(self, backend) -> None:
+        """Say which [`~hf_sam.backends.Backend`] knows the models, their devices, and what in them is its own."""
+        self._backend = backend
+        self._tensors = TensorContents(backend.room_for_copies())
 
     def begin_step(self, functions: list[Callable]) -> None:
         """Look for what the passes of the coming step can change; objects may have been replaced since the last one.
@@ -55,8 +59,8 @@ class World:
             functions (`list[Callable]`): what the loop computes its micro-batches with.
         """
         models = self._backend.models
-        known = {id(part) for model in models for part in model.modules()}
-        self._found = [(name, value) for name, value in self.found(functions) if id(value) not in known]
+        self._inside = {id(part) for model in models for part in model.modules()}
+        self._look(functions)
         outside = [value for _, value in self._found if isinstance(value, torch.nn.Module)]
         self._modules = ModuleStates(
             [*models, *outside],
@@ -64,30 +68,27 @@ class World:
             self._backend.is_own_attribute,
         )
 
+    def _look(self, functions: list[Callable]) -> None:
+        self._found = [(name, value) for name, value in self.found(functions) if id(value) not in self._inside]
+
     def found(self, functions: list[Callable]) -> list[tuple[str, Any]]:
         """Modules, tensors and random generators that the functions reach, and where."""
-        return [pair for function in functions for pair in reach(function)]
+        return [pair for function in {id(f): f for f in functions}.values() for pair in reach(function)]
 
-    def outside_parameters(self) -> dict[str, torch.Tensor]:
-        """Trainable tensors that the loop reaches outside of the models, by name."""
-        inside = {id(param) for model in self._backend.models for param in model.parameters()}
-        outside = {}
-        for name, value in self._found:
-            if isinstance(value, torch.nn.Module):
-                pairs = ((f"{name}.{part}" if name else part, param) for part, param in value.named_parameters())
-            elif isinstance(value, torch.Tensor) and value.is_leaf:
-                pairs = ((name, value),)
-            else:
-                continue
-            outside.update((name, param) for name, param in pairs if param.requires_grad and id(param) not in inside)
-        return outside
+    def outside_parameters(self, inside: set[int]) -> dict[str, torch.Tensor]:
+        """Trainable tensors that the loop reaches outside of the models, by name.
+
+        Args:
+            inside (`set[int]`): identities of the parameters of the models.
+        """
+        return parameters_reached(self._found, inside)
 
     def capture(self) -> WorldState:
         """The world now."""
         snapshot = Snapshot(self._tensors, add_tree)
         self._modules.add_to(snapshot)
         for _, value in self._found:
-            if is_generator(value):
+            if is_generator(value) or (isinstance(value, torch.Tensor) and not value.requires_grad):
                 snapshot.add(value)
         self.add_records(snapshot)
         return WorldState(RandomState.capture(self._backend.devices), snapshot)
@@ -110,3 +111,22 @@ class World:
                 "on they are copied. Keep what a forward pass updates in buffers, or update it after the optimizer "
                 "step."
             )
+
+
+def parameters_reached(found: list[tuple[str, Any]], inside: set[int]) -> dict[str, torch.Tensor]:
+    """Trainable tensors among modules and tensors that were found, by name.
+
+    Args:
+        found (`list[tuple[str, Any]]`): where each was found, and what.
+        inside (`set[int]`): identities of those to leave out.
+    """
+    outside = {}
+    for name, value in found:
+        if isinstance(value, torch.nn.Module):
+            pairs = ((f"{name}.{part}" if name else part, param) for part, param in value.named_parameters())
+        elif isinstance(value, torch.Tensor) and value.is_leaf:
+            pairs = ((name, value),)
+        else:
+            continue
+        outside.update((name, param) for name, param in pairs if param.requires_grad and id(param) not in inside)
+    return outside
