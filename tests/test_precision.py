@@ -132,7 +132,7 @@ def test_fp16_trajectory_does_not_depend_on_the_loss_scale(tmp_path, accumulatio
     for mine, theirs, exact in zip(step_logs(small), step_logs(large), step_logs(fp32), strict=True):
         for name in ("loss", "grad_norm", "sam/perturbed_loss", "sam/ascent_grad_norm"):
             # Another scale makes other tiny fp16 gradients underflow; a scale that leaked would be a factor of 8.
-            assert mine[name] == pytest.approx(theirs[name], rel=5e-3), name
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-2), name
             assert mine[name] == pytest.approx(exact[name], rel=2e-2), name
 
 
