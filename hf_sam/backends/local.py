@@ -132,32 +132,33 @@ class LocalBackend(Backend):
         zero = torch.zeros((), device=device)
         # One sum per set of mesh dimensions that shards a parameter; replicated dimensions hold the same values and
         # are not summed over. All ranks walk all selected parameters, with or without gradient, in the same order.
+        alone = self._unsynchronized()
         sums: dict[tuple, list[torch.Tensor]] = {}
         for name, param in self.selected.items():
-            sums.setdefault(_shard_groups(param), []).append(by_name.get(name, zero))
-        alone = self._unsynchronized()
-        if alone:
-            # Nobody averages their gradients over the ranks, but all ranks must divide by one norm.
-            value = torch.stack([by_name.get(name, zero) for name in alone]).sum()
-            sums[()] = [*sums[()], self.accelerator.reduce(value.clone(), reduction="mean") - value]
+            if name not in alone:
+                sums.setdefault(_shard_groups(param), []).append(by_name.get(name, zero))
         total = zero
         for groups, parts in sums.items():
             value = torch.stack(parts).sum()
             for group in groups:
                 dist.all_reduce(value, group=group)
             total = total + value
+        if alone:
+            # Nobody averages their gradients over the ranks, but all ranks must divide by one norm.
+            value = torch.stack([by_name.get(name, zero) for name in self.selected if name in alone]).sum()
+            total = total + self.accelerator.reduce(value, reduction="mean")
         return total
 
-    def _unsynchronized(self) -> list[str]:
+    def _unsynchronized(self) -> set[str]:
         """Selected parameters outside of all prepared models, where there are several ranks."""
         if not self._outside or self.accelerator.num_processes == 1:
-            return []
+            return set()
         if self.ascent_sync == "local" or self.runs_uneven_inputs():
-            return []
+            return set()
         owned = {id(param) for model in self.models for param in model.parameters()}
-        return [
+        return {
             name for name, param in self.selected.items() if id(param) not in owned and not isinstance(param, DTensor)
-        ]
+        }
 
     def _agree(self, finite):
         if self.ascent_sync == "global" or self.accelerator.num_processes == 1:

@@ -201,6 +201,9 @@ def hand_loop(strategy: str, output_dir: Path) -> None:
             losses.append(accelerator.reduce(sam(forward_backward, batch), reduction="mean").item())
             optimizer.step()
             optimizer.zero_grad()
+            if accelerator.is_main_process:
+                # Reading the metrics on one rank must not make the others wait.
+                metrics = sam.pop_metrics()
     # Two more steps with both passes in the loop's own hands, of one micro-batch each.
     for batch in itertools.islice(iter(loader), 2):
         accelerator.gradient_state._set_sync_gradients(True)
@@ -217,7 +220,6 @@ def hand_loop(strategy: str, output_dir: Path) -> None:
             accelerator.backward(model(**batch).loss)
             twice = "accepted"
     weights = accelerator.get_state_dict(model)
-    metrics = sam.pop_metrics()
     if accelerator.is_main_process:
         torch.save(
             {
