@@ -179,6 +179,7 @@ def _sft(argv: list[str]) -> None:
 
     script_args, args, model_args, mixture = parse_arguments(raising(_parser("sft")), argv)
     data = load_training_data(script_args, args, mixture, [*SFT_COLUMNS, args.dataset_text_field])
+    script_args.dataset_train_split, script_args.dataset_test_split = "train", "test"
 
     def loaded(*_, **__) -> dict:
         return data

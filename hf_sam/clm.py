@@ -71,8 +71,8 @@ def main(argv: list[str]) -> None:
     trainer = SAMSFTTrainer(
         model=model,
         args=args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if args.eval_strategy != "no" else None,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset.get("test"),
         processing_class=AutoTokenizer.from_pretrained(
             model_args.model_name_or_path,
             revision=model_args.model_revision,

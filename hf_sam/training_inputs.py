@@ -1,14 +1,17 @@
 """What `hf-sam sft` and `hf-sam clm` train on, checked before it is loaded: TRL's arguments, and data by name."""
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_dataset
 from trl.scripts.utils import DatasetConfig
 
-from .errors import did_you_mean
 from .evaluation.sources import check_model
-from .named_data import data_files, is_local, is_saved, loader_of, open_split, open_splits
+from .evaluation.weights import check_weights
+from .named_data import data_files, is_saved, loader_of, open_split, open_splits
 from .resources import check_writable
 
 # Columns each of which is a form of example that TRL's SFTTrainer reads.
@@ -21,7 +24,8 @@ def parse_arguments(
     """TRL's arguments from flags and from the file of `--config`.
 
     Raises:
-        ValueError: if a value is out of range, there is no model or no data to train on, or the model does not exist.
+        ValueError: if a value is out of range, there is no model or no data to train on, the model does not exist, or
+            files of its weights or of the checkpoint to resume from are damaged.
         OSError: if the output folder cannot be written to.
     """
     script, args, model, mixture = parser.parse_args_and_config(
@@ -39,6 +43,8 @@ def parse_arguments(
         check_writable(args.output_dir)
     revision = None if model.model_revision == "main" else model.model_revision  # TRL's default
     check_model(model.model_name_or_path, revision, weights=not getattr(args, "from_scratch", False))
+    if args.resume_from_checkpoint is not None and Path(args.resume_from_checkpoint).is_dir():
+        check_weights(Path(args.resume_from_checkpoint))
     return script, args, model, mixture
 
 
@@ -48,7 +54,7 @@ def load_training_data(
     mixture: DatasetMixtureConfig,
     columns: Sequence[str],
 ) -> dict:
-    """The splits to train and to evaluate on, under the names that the arguments give them.
+    """The data to train and to evaluate on.
 
     `--dataset_name` is a file, a pattern of files, a folder or a hub id; a file and a pattern are the split `train`.
     `--dataset_test_split` and `--dataset_train_split` may name a file, a pattern or a folder of their own.
@@ -59,15 +65,15 @@ def load_training_data(
         mixture ([`~trl.DatasetMixtureConfig`]): several datasets, which are taken instead of the one of `script`.
         columns (`Sequence[str]`): one of these must be there.
 
+    Returns:
+        `dict[str, datasets.Dataset | datasets.IterableDataset]`: `train`, and `test` if the run evaluates.
+
     Raises:
         ValueError: if data, a split or a column is missing; the message names what there is.
-
-    Returns:
-        `dict[str, datasets.Dataset | datasets.IterableDataset]`: the splits that the run reads.
     """
-    wanted = {"--dataset_train_split": script.dataset_train_split}
+    wanted = {"train": script.dataset_train_split}
     if args.eval_strategy != "no":
-        wanted["--dataset_test_split"] = script.dataset_test_split
+        wanted["test"] = script.dataset_test_split
     streaming = script.dataset_streaming
     if mixture.datasets:
         place = "datasets"
@@ -76,12 +82,14 @@ def load_training_data(
         place = script.dataset_name
         splits = _told(place, lambda: open_splits(place, config=script.dataset_config, streaming=streaming))
     found = {}
-    for flag, split in wanted.items():
-        if split not in splits and is_local(split):
-            one = _told(split, lambda split=split: open_split(split, streaming=streaming))
-        elif split in splits:
+    for role, split in wanted.items():
+        if split in splits:
             one = splits[split]
+        elif _is_path(split):
+            preferred = (role, "validation", "train")
+            one = _told(split, functools.partial(open_split, split, streaming=streaming, preferred=preferred))
         else:
+            flag = f"--dataset_{role}_split"
             raise ValueError(
                 f"The training data {place!r} has no split {split!r}, only {', '.join(map(repr, splits))}. Choose one "
                 f"with {flag}, or give it a file of its own: {flag} FILE."
@@ -89,11 +97,15 @@ def load_training_data(
         if one.column_names is not None and not set(columns) & set(one.column_names):  # a stream may not know them
             raise ValueError(
                 f"The split {split!r} of {place!r} has no column {' or '.join(map(repr, columns))}, only "
-                f"{', '.join(map(repr, one.column_names))}{did_you_mean(columns[-1], one.column_names)}. Choose with "
-                "--dataset_text_field."
+                f"{', '.join(map(repr, one.column_names))}. Choose with --dataset_text_field."
             )
-        found[split] = one
+        found[role] = one
     return found
+
+
+def _is_path(split: str) -> bool:
+    """Whether the name of a split is that of data on disk; a folder `test` may be there by chance."""
+    return bool(data_files(split)) or (os.sep in split and os.path.isdir(split))
 
 
 def _told(place: str, load: Callable):

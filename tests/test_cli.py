@@ -174,6 +174,7 @@ def test_what_a_run_needs_is_told_before_it_is_loaded(files, tmp_path, capsys, c
         ({"dataset_train_split": "trian"}, "no split 'trian', only 'train', 'test'"),
         ({"output_dir": tmp_path / "file" / "out"}, "cannot be written to: .*/file is a file. Choose another"),
         ({"resume_from_checkpoint": tmp_path / "empty"}, "valid checkpoint"),
+        ({"resume_from_checkpoint": model}, "truncated/model.safetensors' is damaged"),
     ):
         settings = {"dataset_name": files / ("chats" if command == "sft" else "corpus"), **change}
         argv = sft_flags(files, settings.pop("output_dir", tmp_path / "out"), **settings)

@@ -101,16 +101,32 @@ def test_mixtures_take_the_same_names(files, places, tmp_path, command):
     assert all(same(weights, trained["trl"]) for weights in trained.values())
 
 
-def loaded(tmp_path, mixture=None, columns=("text",), **settings):
+def loaded(tmp_path, mixture=None, columns=("text",), eval_strategy="no", **settings):
     script = trl.ScriptArguments(**settings)
-    args = SAMSFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False)
+    args = SAMSFTConfig(
+        output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, eval_strategy=eval_strategy, eval_steps=1
+    )
     return load_training_data(script, args, trl.DatasetMixtureConfig(datasets=mixture or []), columns)
+
+
+def test_splits_of_their_own_and_folders_that_are_called_as_splits(tmp_path, monkeypatch):
+    for name, count in (("train", 3), ("test", 2)):
+        (tmp_path / "both").mkdir(exist_ok=True)
+        (tmp_path / "both" / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(count)))
+    (tmp_path / "test").mkdir()
+    monkeypatch.chdir(tmp_path)
+    file = {"dataset_name": "both/train.jsonl"}
+    with pytest.raises(ValueError, match="has no split 'test', only 'train'"):
+        loaded(tmp_path, eval_strategy="steps", **file)
+    data = loaded(tmp_path, eval_strategy="steps", dataset_train_split="./both", dataset_test_split="./both", **file)
+    assert list(data["train"]["text"]) == ["train 0", "train 1", "train 2"]
+    assert list(data["test"]["text"]) == ["test 0", "test 1"]
 
 
 def test_documents_of_a_text_file_end_at_blank_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree")
     data = loaded(tmp_path, dataset_name=str(tmp_path / "a.txt"))
-    assert data["train"]["text"] == ["one\ntwo", "three"]
+    assert list(data["train"]["text"]) == ["one\ntwo", "three"]
     with pytest.raises(ValueError, match=r"'.*a.txt': a mixture reads a text file line by line. Write .* .jsonl"):
         loaded(tmp_path, mixture=[{"path": str(tmp_path / "a.txt")}])
 
@@ -122,7 +138,7 @@ def test_what_is_wrong_with_data_is_told_with_its_name(tmp_path):
         ({"dataset_name": str(tmp_path / "empty.jsonl")}, "empty.jsonl': the file is empty"),
         ({"dataset_name": str(tmp_path / "*.csv")}, r"\*.csv': it cannot be loaded: there is no such file"),
         ({"mixture": [{"path": str(tmp_path / "empty.jsonl")}]}, "empty.jsonl': the file is empty"),
-        ({"dataset_name": str(tmp_path / "a.jsonl")}, "no column 'text', only 'txt'. Did you mean txt?"),
+        ({"dataset_name": str(tmp_path / "a.jsonl")}, "no column 'text', only 'txt'. Choose with --dataset_text_field"),
     ):
         with pytest.raises(ValueError, match=message):
             loaded(tmp_path, **settings)
