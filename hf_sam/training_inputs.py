@@ -39,8 +39,7 @@ def parse_arguments(
             "there is no data to train on. Name it with --dataset_name (a file, a pattern of files, a folder or a hub "
             "id), or with `datasets` in the file of --config."
         )
-    if args.process_index == 0:
-        check_writable(args.output_dir)
+    check_writable(args.output_dir)
     revision = None if model.model_revision == "main" else model.model_revision  # TRL's default
     check_model(model.model_name_or_path, revision, weights=not getattr(args, "from_scratch", False))
     if args.resume_from_checkpoint is not None and Path(args.resume_from_checkpoint).is_dir():

@@ -185,8 +185,6 @@ def _train(args: SAMSFTConfig, settings: dict, examples, tokenizer, folder: str,
 
 def _check_space(args: SAMSFTConfig, folder: str, runs: int) -> None:
     """Raises OSError if the disk has no space for the models and for the checkpoints of one run, in fp32."""
-    if args.process_index:
-        return
     config = AutoConfig.from_pretrained(folder)
     width = 4 / (config.dtype.itemsize if config.dtype is not None else 4)
     size = width * sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))

@@ -5,7 +5,7 @@ Without Accelerate's state (a script, a notebook) there is one process; a measur
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
@@ -106,6 +106,23 @@ def from_first(value: T) -> T:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
+
+
+def checked_by_first(compute: Callable[[], T]) -> T:
+    """What the first process computes, on all; a ValueError or an OSError of its is raised on all, too.
+
+    Raised on the first one alone, it would leave the others waiting for that process.
+    """
+    value, problem = None, None
+    if rank_and_world()[0] == 0:
+        try:
+            value = compute()
+        except (ValueError, OSError) as error:
+            problem = error
+    value, problem = from_first((value, problem))
+    if problem is not None:
+        raise problem
+    return value
 
 
 # Bars of measures inside of measures: the outermost two are shown.

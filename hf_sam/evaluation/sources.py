@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..named_data import data_files, named, open_split
 from ..resources import check_disk
 from .data import HeldOutData
-from .processes import from_first, rank_and_world
+from .processes import checked_by_first, rank_and_world
 from .quantization import load_checked, load_quantized
 from .requirements import need
 from .weights import check_finite, check_weights
@@ -149,7 +149,7 @@ def find_model(spec: str) -> ModelSource:
     else:
         raise ValueError(f"{place!r} holds neither config.json nor adapter_config.json: it is not a model.")
     check_weights(folder)
-    fingerprint = from_first(_hash_of_files(folder) if rank_and_world()[0] == 0 else "")
+    fingerprint = checked_by_first(lambda: _hash_of_files(folder))
     if base is not None:
         fingerprint = hashlib.sha256(f"{fingerprint} on {base.fingerprint}".encode()).hexdigest()[:16]
     return ModelSource(name, place, folder, base, fingerprint)

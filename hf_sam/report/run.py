@@ -18,7 +18,7 @@ from ..evaluation.hessian import hessian_spectrum
 from ..evaluation.landscape import loss_along_line, loss_on_plane, loss_on_random_plane
 from ..evaluation.loss import held_out_loss
 from ..evaluation.noise import noise_kl, noise_sensitivity
-from ..evaluation.processes import from_first, rank_and_world, titled
+from ..evaluation.processes import checked_by_first, rank_and_world, titled
 from ..evaluation.quantization import is_rounding
 from ..evaluation.requirements import MeasurementError, need
 from ..evaluation.sharpness import sam_sharpness
@@ -90,18 +90,7 @@ class Evaluation:
             }
         self._tasks_loaded = False
         if not settings.overwrite:
-            self._check_finished()
-
-    def _check_finished(self):
-        # The first process writes, so its disk decides for all.
-        problem = None
-        if rank_and_world()[0] == 0:
-            try:
-                check_same_evaluation(self.settings.output, self.record())
-            except ValueError as error:
-                problem = str(error)
-        if problem := from_first(problem):
-            raise ValueError(problem)
+            checked_by_first(lambda: check_same_evaluation(settings.output, self.record()))
 
     def _check_models(self):
         settings = self.settings

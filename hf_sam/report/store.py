@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation.processes import from_first, rank_and_world
+from ..evaluation.processes import checked_by_first, from_first, rank_and_world
 from ..evaluation.requirements import MeasurementError
 from ..resources import check_disk, write_json
 
@@ -37,9 +37,11 @@ class PartStore:
         self.versions = versions
         self.folder = Path(folder) / "parts"
         self.records: list[dict] = []
-        if rank_and_world()[0] == 0:
-            check_disk(self.folder, _SPACE, f"an evaluation in {str(folder)!r}")
-            self.folder.mkdir(parents=True, exist_ok=True)
+        checked_by_first(self._prepare)
+
+    def _prepare(self) -> None:
+        check_disk(self.folder, _SPACE, f"an evaluation in {str(self.folder.parent)!r}")
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, about: dict, depends: dict) -> bool:
         """Whether a part is there already."""

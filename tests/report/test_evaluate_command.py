@@ -344,3 +344,20 @@ def test_two_processes_measure_what_one_does(shelf, tmp_path):
             if isinstance(value, float):
                 # Sums in another order; SAM sharpness is a difference of two losses.
                 assert mine["result"][key] == pytest.approx(value, rel=1e-4 if mine["part"] == "sam" else 1e-7), key
+
+
+@pytest.mark.slow
+def test_what_only_the_first_process_finds_out_is_told_once(shelf, tmp_path):
+    """The others would wait for it, and fail with a traceback of their own."""
+    (tmp_path / "file").write_text("in the way")
+    argv = command(shelf, tmp_path / "file" / "out", "--multi_gpu", "--num_processes", "2", tuned=["tuned1"])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_sam", *argv], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 2, done.stderr[-4000:]
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("hf-sam evaluate: ")] == [
+        done.stderr.splitlines()[-1]
+    ]
+    assert "file is a file. Choose another output folder" in done.stderr
