@@ -120,6 +120,7 @@ class SAMStep:
             target=target_modules,
             exclude=exclude_modules,
             outside=self._trained_outside,
+            companions=lambda: self._world.companions(),
             seed=seed,
         )
         self._world.bind(self.backend)

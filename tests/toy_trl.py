@@ -108,6 +108,8 @@ def build(
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "learning_rate": 2e-3,
+        # With its usual epsilon, Adam makes steps of the whole learning rate out of gradients that are only rounding.
+        "adam_epsilon": 1e-4,
         "lr_scheduler_type": "constant",
         "bf16": False,
         "use_cpu": True,
@@ -140,7 +142,7 @@ def reference(host, rho: float, adaptive: bool = False) -> list[dict]:
     args = host.args
     model = host.model.train()
     trainable = [param for param in model.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, eps=args.adam_epsilon, weight_decay=0.0)
     batches = iter(host.get_train_dataloader())
     host.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     logs = []

@@ -42,12 +42,14 @@ class Backend:
         exclude (`list[str]`, *optional*): regular expressions of the parameters not to perturb.
         outside (`Callable[[Backend], dict[str, torch.Tensor]]`, *optional*): tells the parameters outside of `model`
             that train with it, by name.
+        companions (`Callable[[], list[torch.nn.Module]]`, *optional*): tells the modules beside `model` that the loop
+            calls.
         seed (`int`, defaults to 0): seed of the stochastic rounding of 16-bit weights.
         stochastic_rounding (`bool`, defaults to `True`): `False` rounds the perturbation of 16-bit weights to
             nearest, which swallows it; only good for showing that it does.
 
     Attributes:
-        models (`list[torch.nn.Module]`): `model`, and other prepared models that own parameters of `outside`.
+        models (`list[torch.nn.Module]`): `model`, and other models that own parameters of `outside`.
         selected (`dict[str, torch.Tensor]`): the parameters to perturb, by name.
 
     Raises:
@@ -64,7 +66,8 @@ class Backend:
         ascent_sync: str = "global",
         target: list[str] | None = None,
         exclude: list[str] | None = None,
-        outside: Callable[["Backend"], dict[str, torch.Tensor]] | None = None,
+        outside: Callable[["Backend"], dict[str, torch.Tensor]] = lambda backend: {},
+        companions: Callable[[], list[torch.nn.Module]] = list,
         seed: int = 0,
         stochastic_rounding: bool = True,
     ):
@@ -77,7 +80,8 @@ class Backend:
         self.stochastic_rounding = stochastic_rounding
         self._target = target
         self._exclude = exclude
-        self._find_outside = outside or (lambda backend: {})
+        self._find_outside = outside
+        self._companions = companions
         self._trainable: dict[str, torch.Tensor] = {}
         self._hooks = 0
         self._outside: dict[str, torch.Tensor] = {}
@@ -99,7 +103,8 @@ class Backend:
         self._outside = outside
         names = select_names(trainable, self._target, self._exclude)
         self.selected = {name: param for name, param in trainable.items() if name in names}
-        owners = [model for model in self.accelerator._models if _owns(model, outside.values())]
+        # As the loop calls them: accelerate keeps its models without what DDP wraps around them.
+        owners = [model for model in (*self._companions(), *self.accelerator._models) if _owns(model, outside.values())]
         self.models = [self.model, *(model for model in owners if model is not self.model)]
         # Devices whose random streams a forward pass may draw from.
         replicas = [
@@ -214,9 +219,8 @@ class Backend:
 
     def clear_gradients(self) -> None:
         """Drop every gradient of the step, also those kept outside of the parameters."""
-        for model in self.models:
-            for param in model.parameters():
-                param.grad = None
+        for param in self.model.parameters():
+            param.grad = None
         for param, grad in self._set_aside:
             param.grad = grad
 

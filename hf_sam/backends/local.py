@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..perturbation import Fragment
 from .base import Backend
@@ -150,12 +151,13 @@ class LocalBackend(Backend):
         return total
 
     def _unsynchronized(self) -> set[str]:
-        """Selected parameters outside of all prepared models, where there are several ranks."""
+        """Selected parameters outside of all models that DDP synchronizes, where there are several ranks."""
         if not self._outside or self.accelerator.num_processes == 1:
             return set()
         if self.ascent_sync == "local" or self.runs_uneven_inputs():
             return set()
-        owned = {id(param) for model in self.models for param in model.parameters()}
+        synchronized = [self.model, *(model for model in self.models if isinstance(model, DistributedDataParallel))]
+        owned = {id(param) for model in synchronized for param in model.parameters()}
         return {
             name for name, param in self.selected.items() if id(param) not in owned and not isinstance(param, DTensor)
         }

@@ -60,6 +60,7 @@ _MACHINERY = frozenset(
         "bitsandbytes",
         "datasets",
         "deepspeed",
+        "hf_sam",
         "huggingface_hub",
         "numpy",
         "pandas",

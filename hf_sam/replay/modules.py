@@ -38,7 +38,7 @@ class ModuleStates:
             for part in module.modules():
                 found[id(part)] = part
         self._modules = list(found.values())
-        self._frozen = list(frozen)
+        self._frozen = list({id(param): param for param in frozen}.values())
         self._ignored = ignored
 
     def add_to(self, snapshot: Snapshot) -> None:

@@ -58,10 +58,10 @@ class World:
         Args:
             functions (`list[Callable]`): what the loop computes its micro-batches with.
         """
-        models = self._backend.models
-        self._inside = {id(part) for model in models for part in model.modules()}
+        model, models = self._backend.model, self._backend.models
+        self._inside = {id(part) for part in model.modules()}
         self._look(functions)
-        outside = [value for _, value in self._found if isinstance(value, torch.nn.Module)]
+        outside = self.companions()
         self._modules = ModuleStates(
             [*models, *outside],
             [*self._backend.frozen_parameters(), *(param for module in outside for param in frozen_parameters(module))],
@@ -74,6 +74,10 @@ class World:
     def found(self, functions: list[Callable]) -> list[tuple[str, Any]]:
         """Modules, tensors and random generators that the functions reach, and where."""
         return [pair for function in {id(f): f for f in functions}.values() for pair in reach(function)]
+
+    def companions(self) -> list[torch.nn.Module]:
+        """Modules that the loop reaches outside of the model."""
+        return [value for _, value in self._found if isinstance(value, torch.nn.Module)]
 
     def outside_parameters(self, inside: set[int]) -> dict[str, torch.Tensor]:
         """Trainable tensors that the loop reaches outside of the models, by name.
