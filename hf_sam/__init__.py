@@ -8,7 +8,7 @@ loop of one's own.
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from . import noise as _noise  # noqa: F401  (first: what follows imports the libraries whose messages it filters)
+from . import host_messages as _host_messages  # noqa: F401  (first: its filters must be set when hosts are imported)
 from .arguments import SAMArguments, SAMTrainingArguments
 from .factory import with_sam
 from .step import SAMStep

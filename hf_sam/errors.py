@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from .noise import filter_warnings
+from .host_messages import filter_warnings
 
 DEBUG = "HF_SAM_DEBUG"
 MISTAKE, INTERRUPTED = 2, 130  # exit statuses; the second one is that of a shell after Ctrl-C

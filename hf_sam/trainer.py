@@ -4,10 +4,10 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from accelerate.logging import get_logger
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .arguments import SAMArguments
@@ -18,6 +18,7 @@ from .model_card import describe_in_model_card
 from .parameters import check_perturbable, keep_adapters_exact, select_names, trainable_parameters
 from .records import TrainerWorld, appended_taken_back, muted, reached_by
 from .replay import parameters_reached
+from .replay.reach import code_names
 from .schedule import SAMWindow, annealing_kwargs, ascent_count
 from .step import SAMStep
 
@@ -153,11 +154,13 @@ class SAMMixin:
             self._sam = None
             raise
         if sam.acted > acted:
-            self._sam_history().add(ascent_count(self.args.sam_ascent_micro_batches, micro_batches) / micro_batches)
+            self.sam_history.add(ascent_count(self.args.sam_ascent_micro_batches, micro_batches) / micro_batches)
         return loss
 
-    def _sam_history(self) -> SAMHistory:
-        # Not kept: the host replaces callbacks by those of a checkpoint.
+    @property
+    def sam_history(self) -> SAMHistory:
+        """What SAM did in the run so far."""
+        # Looked up, because the host replaces callbacks by those of a checkpoint.
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, SAMHistory))
 
     def train(self, *args, **kwargs):
@@ -167,7 +170,8 @@ class SAMMixin:
         finally:
             self._sam = None
 
-    def sam_perturbed_context(self, replayed: bool) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def sam_perturbed_context(self, replayed: bool) -> Iterator[None]:
         """Around each micro-batch that is computed at the perturbed weights.
 
         Nothing is logged in it, and what it appends to the attributes of `sam_recorded` is taken back. Override it for
@@ -176,12 +180,12 @@ class SAMMixin:
         Args:
             replayed (`bool`): whether the same micro-batch was computed, and recorded, at the unperturbed weights.
         """
-        stack = contextlib.ExitStack()
-        for owner in (self, self.accelerator):
-            stack.enter_context(muted(owner, "log"))
-        if not replayed:
-            stack.enter_context(appended_taken_back(self, self.sam_recorded))
-        return stack
+        with contextlib.ExitStack() as stack:
+            for owner in (self, self.accelerator):
+                stack.enter_context(muted(owner, "log"))
+            if not replayed:
+                stack.enter_context(appended_taken_back(self, self.sam_recorded))
+            yield
 
     def _sam_acts(self) -> bool:
         # Without an optimizer nothing is being trained: whoever calls the step wants loss and gradient at w.
@@ -214,6 +218,7 @@ class SAMMixin:
                     known=frozenset(SAMMixin.sam_recorded),
                 ),
             )
+            self._check_substeps()
             if self._sam.backend.has_coarse_weights():
                 self._warn_once(
                     "coarse weights",
@@ -254,7 +259,7 @@ class SAMMixin:
     def log(self, logs, start_time=None):
         if "loss" in logs:
             sam_logs = self._sam.pop_metrics() if self._sam is not None else {}
-            self._sam_history().skipped += sam_logs.get("sam/skipped", 0)
+            self.sam_history.skipped += sam_logs.get("sam/skipped", 0)
             if self.args.sam_rho > 0 and not self._sam_reached:
                 self._warn_once(
                     "never reached",
@@ -273,7 +278,7 @@ class SAMMixin:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             card = os.path.join(self.args.output_dir, "README.md")
-            describe_in_model_card(card, self.args, self.state.log_history, self._sam_history())
+            describe_in_model_card(card, self.args, self.state.log_history, self.sam_history)
 
     # What is refused.
 
@@ -331,6 +336,18 @@ class SAMMixin:
                 "the second pass would see other data than the first, and its importance weights compare with "
                 "log-probabilities at the unperturbed weights. Use a trainer that learns from a fixed dataset."
             )
+
+    def _check_substeps(self):
+        if self.args.gradient_accumulation_steps == 1:
+            return
+        for callback in self.callback_handler.callbacks:
+            function = type(callback).on_substep_end
+            if function is not TrainerCallback.on_substep_end and "grad" in code_names(function):
+                raise ValueError(
+                    f"{type(callback).__name__}.on_substep_end uses gradients between the micro-batches of a step, but "
+                    "SAM computes them all in the last one. Change gradients in `training_step`, after "
+                    "super().training_step(), or in on_pre_optimizer_step."
+                )
 
     def _check_annealing(self):
         if self._sam_scheduler_given:

@@ -17,7 +17,7 @@ from configuration import read_config
 from hf_sam.errors import UsageError, command, did_you_mean
 from hf_sam.evaluation import forgetting, forgetting_reduction
 from hf_sam.evaluation.processes import join_processes, rank_and_world
-from hf_sam.pretraining.checkpoints import DONE
+from hf_sam.pretraining.checkpoints import DONE, read_done
 from hf_sam.report import EvaluationArguments, Results, write_comparison, write_report
 from hf_sam.report.command import EvaluateParser, tell_failures
 from hf_sam.report.document import Document
@@ -118,6 +118,8 @@ def summarize(results: list[Results]) -> dict:
     for one in results:
         before = one.loss(one.base, data)
         row = {"base loss": None if before is None else before.loss, "quantized": {}, "fine-tuned": None}
+        # What was really done, not what was asked for; not known of a model that was trained elsewhere.
+        row["training"] = read_done(one.record["models"][0]["spec"])
         for scheme in schemes:
             own, after = _damage(one, data, scheme), one.loss(one.base, data, scheme)
             known = own is not None and lost[scheme] is not None and lost[scheme] > 0
@@ -176,6 +178,13 @@ def table(summary: dict) -> Document:
         f"(arXiv 2605.02105, OLMo-2-1B, SAM against AdamW) has {PAPER['forgetting after fine-tuning']}% less "
         f"forgetting after MetaMath and {PAPER['damage of 4 bits']}% less damage of 4 bits."
     )
+    trained = [(name, run["training"]) for name, run in summary["runs"].items() if "passes" in (run["training"] or {})]
+    if trained:
+        document.heading("What the training of the base models took")
+        document.table(
+            ["run", "steps", "of these with SAM", "passes over each batch"],
+            [[name, str(t["own_steps"]), str(t["sam_steps"]), f"{t['passes']:.2f}"] for name, t in trained],
+        )
     for scheme in summary["runs"][reference]["quantized"]:
         rows = []
         for name, run in summary["runs"].items():

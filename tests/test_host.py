@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
-from toy import arguments, olmo2, step_logs, token_dataset, trainer
+from toy import arguments, olmo2, step_logs, token_dataset, trainer, weights
 from toy_trl import build
 from transformers import (
     EarlyStoppingCallback,
@@ -17,6 +17,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
 )
 
 from hf_sam import SAMArguments, SAMMixin, SAMTrainer, SAMTrainingArguments, with_sam
@@ -273,6 +274,64 @@ def test_a_training_step_that_calls_none_of_its_bases_takes_both_passes_too(tmp_
     run.train()
     expected.train()
     assert step_logs(run) == step_logs(expected)
+
+
+class ClipsValues(TrainerCallback):
+    """Clips gradients after each micro-batch."""
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        for param in model.parameters():
+            param.grad.clamp_(-1e-3, 1e-3)
+
+
+class CountsMicroBatches(TrainerCallback):
+    count = 0
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.count += 1
+
+
+def test_callbacks_that_change_gradients_between_micro_batches_are_refused(tmp_path):
+    run = trainer(tmp_path, sam_rho=0.05, max_steps=2, gradient_accumulation_steps=2)
+    run.add_callback(ClipsValues())
+    before = weights(run.model)
+    with pytest.raises(ValueError, match=r"ClipsValues\.on_substep_end uses gradients.*on_pre_optimizer_step"):
+        run.train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(run.model).items())
+    # There is nothing between the micro-batches of a step of one; and others are welcome.
+    trainer(tmp_path, sam_rho=0.05, max_steps=1).train()
+    counts = CountsMicroBatches()
+    run = trainer(tmp_path, sam_rho=0.05, max_steps=2, gradient_accumulation_steps=2)
+    run.add_callback(counts)
+    run.train()
+    assert counts.count == 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_that_a_training_step_changes_are_changed_in_both_passes_wherever_it_stands(tmp_path, accumulation):
+    # The usual way to train new tokens only: old rows of the embedding never get a gradient.
+    def frozen_rows(host):
+        class FreezesRows(host):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+                model.get_input_embeddings().weight.grad[:40] = 0
+                return loss
+
+        return FreezesRows
+
+    results = []
+    for cls in (frozen_rows(SAMTrainer), with_sam(frozen_rows(Trainer))):
+        settings = {"sam_rho": 0.1, "max_steps": 2, "gradient_accumulation_steps": accumulation, "weight_decay": 0.0}
+        run = trainer(tmp_path, trainer_class=cls, **settings)
+        before = run.model.get_input_embeddings().weight.detach().clone()
+        run.train()
+        after = run.model.get_input_embeddings().weight
+        assert torch.equal(after[:40], before[:40])
+        assert not torch.equal(after[40:], before[40:])
+        results.append((step_logs(run), weights(run.model)))
+    (logs, first), (other_logs, second) = results
+    assert logs == other_logs
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_a_step_that_never_reaches_the_mixin_is_warned_about(tmp_path, caplog):

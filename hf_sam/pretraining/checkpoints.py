@@ -90,10 +90,25 @@ def record(args: TrainingArguments, settings: dict) -> None:
 
 
 def mark_done(trainer) -> None:
-    """Leave the mark that [`is_done`] looks for."""
+    """Leave the mark that [`is_done`] looks for, with what the training of a [`SAMMixin`] took."""
     if trainer.is_world_process_zero():
-        write_json(Path(trainer.args.output_dir) / DONE, {"steps": trainer.state.global_step})
+        history = trainer.sam_history
+        write_json(
+            Path(trainer.args.output_dir) / DONE,
+            {
+                "steps": trainer.state.global_step,
+                "own_steps": history.steps,
+                "sam_steps": history.acted,
+                "passes": history.passes,
+            },
+        )
     trainer.accelerator.wait_for_everyone()
+
+
+def read_done(folder: str | Path) -> dict | None:
+    """What [`mark_done`] wrote: `steps` by the host's count, `own_steps` of the run, `sam_steps` in which SAM acted,
+    and `passes` over the data for each of its own steps (1 is plain training); None if it wrote nothing."""
+    return _read(Path(folder) / DONE)
 
 
 class CheckpointRecord(TrainerCallback, ExportableState):

@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import get_model_param_count
 
+from ..evaluation.processes import checked_by_first
 from ..evaluation.sources import ModelSource, find_model
 from ..resources import check_disk
 from ..schedule import SAMWindow, ascent_count
@@ -168,12 +169,8 @@ def check_space(args: PretrainingArguments, model) -> None:
     weights = 4 * get_model_param_count(model)
     saves = 0 if args.save_strategy == "no" else _checkpoints(args)
     there = len(list(Path(args.output_dir).glob("checkpoint-*")))
-    if args.process_index == 0:
-        check_disk(
-            args.output_dir,
-            weights + max(0, saves - there) * 4 * weights,
-            f"the model and {saves} checkpoint{'' if saves == 1 else 's'} of it (save_steps, save_total_limit)",
-        )
+    what = f"the model and {saves} checkpoint{'' if saves == 1 else 's'} of it (save_steps, save_total_limit)"
+    checked_by_first(lambda: check_disk(args.output_dir, weights + max(0, saves - there) * 4 * weights, what))
 
 
 def _checkpoints(args: PretrainingArguments) -> int:

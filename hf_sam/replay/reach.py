@@ -69,7 +69,7 @@ def _named_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             continue
     yield from ((name, item) for name, item in (function.__kwdefaults__ or {}).items())
     yield from (("", item) for item in function.__defaults__ or ())
-    names = list(_names(function.__code__))
+    names = list(code_names(function))
     for name in names:
         found = function.__globals__.get(name)
         if isinstance(found, types.ModuleType):
@@ -81,8 +81,12 @@ def _named_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         yield "", function.__wrapped__
 
 
+def code_names(function: types.FunctionType) -> Iterator[str]:
+    """Names of the globals and attributes that a function uses, functions in it included."""
+    yield from _names(function.__code__)
+
+
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Names of globals and attributes that code uses, functions in it included."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import olmo_mid_sam
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from toy import olmo2
+
+from hf_sam.pretraining.checkpoints import read_done
 
 STEPS = 10
 # With its usual epsilon, Adam makes whole steps of gradients that are only rounding.
@@ -211,6 +214,21 @@ def test_annealing_goes_on_from_a_checkpoint_with_its_optimizer_and_its_place_in
         whole = run(launch, config, folder / "whole", *common, "--anneal_steps", "4")
         assert whole.status == [0], whole.output[0][-3000:]
         assert largest_difference(weights(folder / "whole"), weights(folder / "annealed")) == 0
+
+
+def test_plan_and_run_of_an_annealing_agree_about_when_sam_acts(launch, config, finished, tmp_path, capsys):
+    """A share is one of the steps of the annealing, not of those before its checkpoint."""
+    checkpoint = finished("single", 1, True) / "checkpoint-3"
+    flags = ["--streaming", "true", "--anneal_from", str(checkpoint), "--train_tokens", str(4 * 8 * 16)]
+    flags += ["--sam_start_steps", "0.75"]
+    ended = run(launch, config, tmp_path, *flags)
+    assert ended.status == [0], ended.output[0][-3000:]
+    assert read_done(tmp_path) == {"steps": 7, "own_steps": 4, "sam_steps": 1, "passes": 1.25}
+    logs = json.loads((tmp_path / "checkpoint-7" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in logs if "sam/sharpness" in entry and entry["step"] > 3] == [7]
+    planned = olmo_mid_sam.main(["--config", config, "--output_dir", str(tmp_path), *flags, "--dry_run"])
+    assert planned == 0
+    assert "with SAM (1.25 x)" in capsys.readouterr().out
 
 
 def test_a_saved_dataset_is_resumed_and_a_plain_trainers_checkpoint_is_annealed(

@@ -40,7 +40,8 @@ def shelf_of_runs(tmp_path_factory):
         for place, model in models.items():
             model.save_pretrained(folder / place)
             tokenizer().save_pretrained(folder / place)
-            (folder / place / "training_done.json").write_text("{}")
+            done = {"steps": 60, "own_steps": 60, "sam_steps": 15 * seed, "passes": 1 + 0.25 * seed}
+            (folder / place / "training_done.json").write_text(json.dumps(done))
     (folder / "adamw-sft" / "lr-1").mkdir()  # a run that did not end
     rows("text").to_json(folder / "old.jsonl")
     rows("completion").to_json(folder / "task.jsonl")
@@ -80,6 +81,7 @@ def test_the_table_is_what_was_measured(summary):
     assert tuned["of the reference"] > 0
     assert tuned["reduction"] == pytest.approx(100 * (1 - tuned["forgetting"] / tuned["of the reference"]))
     text = (output / "summary" / "report.md").read_text()
+    assert "| sam | 60 | 15 | 1.25 |" in " ".join(text.split())
     assert "31% less" in text
     assert "40% less" in text
     assert f"{damages[1]['damage']:.4f}" in text

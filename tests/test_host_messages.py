@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from toy_scripts import sft_flags
 
-from hf_sam import cli, noise
+from hf_sam import cli, host_messages
 from hf_sam.errors import run_command
 
 ROOT = Path(__file__).parents[1]
-NOISE = [*(text for _, text in noise._LOG_MESSAGES), *(text for text, *_ in noise._WARNINGS), "FutureWarning"]
+NOISE = [*(text for _, text in host_messages._LOG_MESSAGES), *(text for text, *_ in host_messages._WARNINGS), "FutureWarning"]
 
 # Of a bar with a total, or of rows that are counted.
 PROGRESS = re.compile(r"\d+%\|.*\| \d+/\d+ \[|: \d+ examples \[")
@@ -49,7 +49,7 @@ def test_an_evaluation_in_8_bits_says_nothing_about_each_layer(shelf, tmp_path, 
     assert not [warning for warning in recwarn if any(text in str(warning.message) for text in NOISE)]
 
 
-@pytest.mark.parametrize(("name", "beginning"), noise._LOG_MESSAGES)
+@pytest.mark.parametrize(("name", "beginning"), host_messages._LOG_MESSAGES)
 def test_other_messages_of_a_logger_get_through(caplog, name, beginning):
     logger = logging.getLogger(name)
     logger.propagate, before = True, logger.propagate
