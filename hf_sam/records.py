@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 
-from .replay import Snapshot, World, reach
+from .replay import Snapshot, World, reach, reach_class
 from .replay.kinds import IMMUTABLE_TYPES, attributes
 from .replay.modules import add_tree
 from .replay.tensors import TensorContents
@@ -90,14 +90,14 @@ class TrainerWorld(World):
 
 
 def reached_by(trainer) -> list[tuple[str, Any]]:
-    """Modules, tensors and random generators that the attributes of a trainer hold, and where."""
+    """Modules, tensors and random generators that a trainer holds in attributes, or names in methods, and where."""
     found = []
     for name, value in vars(trainer).items():
         if name not in _HOST_ATTRIBUTES and not name.startswith("_sam"):
             found += [(f"{name}.{part}" if part else name, item) for part, item in reach(value)]
     # What the host's own collators hold is looked into as well.
     collator = attributes(getattr(trainer, "data_collator", None)) or {}
-    return [*found, *reach(collator)]
+    return [*found, *reach(collator), *reach_class(type(trainer))]
 
 
 def _fingerprint(value: Any) -> Any:
@@ -144,21 +144,3 @@ def appended_taken_back(owner: Any, names: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         snapshot.take_back()
-
-
-@contextlib.contextmanager
-def muted(owner: Any, name: str) -> Iterator[None]:
-    """Inside, the method `name` of `owner` does nothing, whichever class defines it."""
-    own = vars(owner)
-    before = own.get(name, _ABSENT)
-    own[name] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        if before is _ABSENT:
-            del own[name]
-        else:
-            own[name] = before
-
-
-_ABSENT = object()

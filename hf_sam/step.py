@@ -8,6 +8,7 @@ gradients, and a step that is left unfinished has cost nothing.
 
 import contextlib
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from .backends import Backend, select_backend
 from .loss_scale import scalers_used
 from .metrics import SAMMetrics
 from .perturbation import Perturbation
-from .replay import KeptInputs, World, WorldState
+from .replay import KeptInputs, World, WorldState, muted
 from .schedule import ascent_count
 
 
@@ -135,7 +136,7 @@ class SAMStep:
 
     @rho.setter
     def rho(self, value: float):
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"rho is the radius of the perturbation, a number, but got {_described(value)}.")
         if not 0 <= value < float("inf"):
             raise ValueError(f"rho={value} must be a finite number, 0 or larger.")
@@ -235,14 +236,16 @@ class SAMStep:
         self._check_synchronizing()
         self._world.learn()
         end = self._world.capture()
-        with self._undone_after_error():
-            with self.backend.descent_pass():
-                perturbation = self.backend.perturb(self.rho, step=self.step)
-                start.restore()
-                scale = self.backend.loss_scale(self._scalers)
-                yield dataclasses.replace(perturbation, norm=perturbation.norm / scale)
-            self.backend.restore()
-        end.restore()
+        try:
+            with self._undone_after_error():
+                with self.backend.descent_pass():
+                    perturbation = self.backend.perturb(self.rho, step=self.step)
+                    start.restore()
+                    scale = self.backend.loss_scale(self._scalers)
+                    yield dataclasses.replace(perturbation, norm=perturbation.norm / scale)
+                self.backend.restore()
+        finally:
+            end.restore()
         self.step += 1
         self.acted += 1
 
@@ -263,11 +266,11 @@ class SAMStep:
 
     def state_dict(self) -> dict:
         """What a resumed run needs."""
-        return {"step": self.step}
+        return {"step": self.step, "acted": self.acted}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict`."""
-        self.step = state["step"]
+        self.step, self.acted = state["step"], state["acted"]
 
     @contextlib.contextmanager
     def _undone_after_error(self):
@@ -327,20 +330,13 @@ class SAMStep:
         world.learn()
         end_of_ascent = world.capture()
 
-        perturbed_losses = []
-        with backend.descent_pass():
-            perturbation = backend.perturb(self.rho, step=self.step, measure=self._metrics.wants_kept)
-            for i, micro_batch in enumerate(window):
-                last, replayed = i == len(window) - 1, i < k
-                if replayed:
-                    states[i].restore()
-                    states[i] = None  # what it holds is not needed any more
-                elif i == k:
-                    end_of_ascent.restore()
-                with self._perturbed_context(replayed):
-                    loss = self._compute(micro_batch, micro_batch.inputs.for_descent(), last)
-                if replayed:
-                    perturbed_losses.append(loss)
+        try:
+            with backend.descent_pass(), muted(self._accelerator, "log"):
+                perturbation = backend.perturb(self.rho, step=self.step, measure=self._metrics.wants_kept)
+                perturbed_losses = self._descend(window, states, end_of_ascent)
+        except BaseException:
+            end_of_ascent.restore()
+            raise
         if k == len(window):
             end_of_ascent.restore()
         backend.restore()
@@ -353,6 +349,22 @@ class SAMStep:
         alone = backend.runs_uneven_inputs()
         self._metrics.update(clean, perturbed, norm, perturbation, self.rho, alone=alone)
         return clean
+
+    def _descend(self, window, states, end_of_ascent) -> list[torch.Tensor]:
+        """The losses at w + e of the micro-batches that have a state of the ascent pass."""
+        losses = []
+        for i, micro_batch in enumerate(window):
+            last, replayed = i == len(window) - 1, i < len(states)
+            if replayed:
+                states[i].restore()
+                states[i] = None  # what it holds is not needed any more
+            elif i == len(states):
+                end_of_ascent.restore()
+            with self._perturbed_context(replayed):
+                loss = self._compute(micro_batch, micro_batch.inputs.for_descent(), last)
+            if replayed:
+                losses.append(loss)
+        return losses
 
     def _compute(self, micro_batch, inputs, last) -> torch.Tensor:
         self._accelerator.gradient_state._set_sync_gradients(last)

@@ -16,8 +16,8 @@ from .configs import turn_into_sam
 from .history import SAMHistory
 from .model_card import describe_in_model_card
 from .parameters import check_perturbable, keep_adapters_exact, select_names, trainable_parameters
-from .records import TrainerWorld, appended_taken_back, muted, reached_by
-from .replay import parameters_reached
+from .records import TrainerWorld, appended_taken_back, reached_by
+from .replay import muted, parameters_reached
 from .replay.reach import code_names
 from .schedule import SAMWindow, annealing_kwargs, ascent_count
 from .step import SAMStep
@@ -181,8 +181,7 @@ class SAMMixin:
             replayed (`bool`): whether the same micro-batch was computed, and recorded, at the unperturbed weights.
         """
         with contextlib.ExitStack() as stack:
-            for owner in (self, self.accelerator):
-                stack.enter_context(muted(owner, "log"))
+            stack.enter_context(muted(self, "log"))
             if not replayed:
                 stack.enter_context(appended_taken_back(self, self.sam_recorded))
             yield

@@ -348,6 +348,50 @@ def _noised(x, generator):
     return x + torch.randn(x.shape, generator=generator)
 
 
+class NamesAGlobal(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(inputs["x"] + _GLOBAL.random())["loss"]
+
+
+class DrawsFromAGlobal(Stateful):
+    def advance(self, h):
+        return torch.rand(6, generator=_GLOBAL_OF_TORCH)
+
+
+def test_generators_that_methods_of_the_trainer_and_of_modules_name(tmp_path):
+    def model():
+        _GLOBAL.bit_generator.state = np.random.default_rng(5).bit_generator.state
+        _GLOBAL_OF_TORCH.manual_seed(5)
+        return DrawsFromAGlobal()
+
+    plain, sam = run_both(tmp_path, model, ROWS, NamesAGlobal)
+    assert_same_weights(plain.model, sam.model)
+
+
+_GLOBAL_OF_TORCH = torch.Generator()
+
+
+def test_an_error_in_the_second_pass_leaves_the_state_that_the_first_one_left():
+    model, x = Containers(), torch.ones(4, 6)
+    other = Containers()
+    sam = SAMStep(Accelerator(cpu=True), model, 0.1)
+    calls = []
+
+    def fails_second(x):
+        loss = model(x)["loss"]
+        loss.backward()
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return loss.detach()
+
+    with pytest.raises(KeyboardInterrupt):
+        sam(fails_second, x)
+    other(x)
+    assert model.state() == other.state()
+    assert torch.amp.GradScaler.scale.__module__ == "torch.amp.grad_scaler"
+
+
 def test_contexts_give_states_back_too():
     results = []
     for perturbed in (False, True):

@@ -5,9 +5,20 @@ generators), and whatever a forward pass advances must advance once a step, as i
 """
 
 from .inputs import KeptInputs
+from .muted import muted
 from .random_streams import RandomState
-from .reach import reach
+from .reach import reach, reach_class
 from .snapshot import Snapshot
 from .world import World, WorldState, parameters_reached
 
-__all__ = ["KeptInputs", "RandomState", "Snapshot", "World", "WorldState", "parameters_reached", "reach"]
+__all__ = [
+    "KeptInputs",
+    "RandomState",
+    "Snapshot",
+    "World",
+    "WorldState",
+    "muted",
+    "parameters_reached",
+    "reach",
+    "reach_class",
+]

@@ -1,6 +1,7 @@
 """What a function of the user's can reach: its closure, the globals that it names, and what those hold."""
 
 import functools
+import itertools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ from .kinds import IMMUTABLE_TYPES, attributes, is_machinery, is_of_machinery
 from .random_streams import is_generator
 
 _DEEPEST = 6
-_LONGEST = 1024
+# Of longer containers, which hold data rather than state, the beginning is looked at.
+_LONGEST = 64
 # These are found, not looked into.
 _FOUND = (torch.nn.Module, torch.Tensor, torch.optim.Optimizer)
 
@@ -27,6 +29,16 @@ def reach(root: Any) -> Iterator[tuple[str, Any]]:
         modules, and of objects of the libraries that run the training, is not looked for.
     """
     yield from _reach("", root, set(), _DEEPEST)
+
+
+def reach_class(cls: type) -> Iterator[tuple[str, Any]]:
+    """What the methods of a class of the user's can name outside of their object."""
+    seen: set[int] = set()
+    for base in cls.__mro__:
+        if not is_of_machinery(base.__module__):
+            for method in vars(base).values():
+                if isinstance(method, types.FunctionType):
+                    yield from _reach("", method, seen, _DEEPEST)
 
 
 def _reach(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
@@ -49,12 +61,10 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, functools.partial):
         yield from (("", item) for item in (value.func, *value.args, *value.keywords.values()))
     elif isinstance(value, dict):
-        if len(value) <= _LONGEST:
-            # Keys too: optimizers are kept by parameter as often as by name.
-            yield from ((str(key) if isinstance(key, str | int) else "", item) for key, item in list(value.items()))
+        for key, item in itertools.islice(list(value.items()), _LONGEST):
+            yield (str(key) if isinstance(key, str | int) else ""), item
     elif isinstance(value, list | tuple | set | frozenset):
-        if len(value) <= _LONGEST:
-            yield from ((str(i), item) for i, item in enumerate(value))
+        yield from ((str(i), item) for i, item in enumerate(itertools.islice(value, _LONGEST)))
     elif not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType) and not is_machinery(value):
         yield from (attributes(value) or {}).items()
 

@@ -4,7 +4,7 @@ The ascent pass captures it before each micro-batch and at its end. The descent 
 that it had in the ascent pass, and afterwards everything is as the ascent pass, which is plain training's, left it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 
 from .modules import ModuleStates, add_tree, frozen_parameters
 from .random_streams import RandomState, is_generator
-from .reach import reach
+from .reach import reach, reach_class
 from .snapshot import Snapshot
 from .tensors import TensorContents
 
@@ -60,7 +60,8 @@ class World:
         """
         model, models = self._backend.model, self._backend.models
         self._inside = {id(part) for part in model.modules()}
-        self._look(functions)
+        classes = {type(part) for part in model.modules()}
+        self._look(functions, classes)
         outside = self.companions()
         self._modules = ModuleStates(
             [*models, *outside],
@@ -68,8 +69,10 @@ class World:
             self._backend.is_own_attribute,
         )
 
-    def _look(self, functions: list[Callable]) -> None:
-        self._found = [(name, value) for name, value in self.found(functions) if id(value) not in self._inside]
+    def _look(self, functions: list[Callable], classes: Iterable[type] = ()) -> None:
+        found = [*self.found(functions), *(pair for cls in classes for pair in reach_class(cls))]
+        unique = {id(value): (name, value) for name, value in reversed(found) if id(value) not in self._inside}
+        self._found = list(unique.values())
 
     def found(self, functions: list[Callable]) -> list[tuple[str, Any]]:
         """Modules, tensors and random generators that the functions reach, and where."""
