@@ -125,7 +125,7 @@ def add_records(owner: Any, names: tuple[str, ...], snapshot: Snapshot) -> None:
     snapshot.add_namespace(owner, present)
     absent = [name for name in names if name not in present]
 
-    def remove_new():
+    def remove_new(end: bool):
         for name in absent:
             vars(owner).pop(name, None)
 

@@ -240,7 +240,7 @@ class SAMStep:
             with self._undone_after_error():
                 with self.backend.descent_pass():
                     perturbation = self.backend.perturb(self.rho, step=self.step)
-                    start.restore()
+                    start.restore(end=False)
                     scale = self.backend.loss_scale(self._scalers)
                     yield dataclasses.replace(perturbation, norm=perturbation.norm / scale)
                 self.backend.restore()
@@ -356,7 +356,7 @@ class SAMStep:
         for i, micro_batch in enumerate(window):
             last, replayed = i == len(window) - 1, i < len(states)
             if replayed:
-                states[i].restore()
+                states[i].restore(end=False)
                 states[i] = None  # what it holds is not needed any more
             elif i == len(states):
                 end_of_ascent.restore()

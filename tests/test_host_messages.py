@@ -15,7 +15,11 @@ from hf_sam import cli, host_messages
 from hf_sam.errors import run_command
 
 ROOT = Path(__file__).parents[1]
-NOISE = [*(text for _, text in host_messages._LOG_MESSAGES), *(text for text, *_ in host_messages._WARNINGS), "FutureWarning"]
+NOISE = [
+    *(text for _, text in host_messages._LOG_MESSAGES),
+    *(text for text, *_ in host_messages._WARNINGS),
+    "FutureWarning",
+]
 
 # Of a bar with a total, or of rows that are counted.
 PROGRESS = re.compile(r"\d+%\|.*\| \d+/\d+ \[|: \d+ examples \[")

@@ -211,8 +211,6 @@ def test_arguments_of_another_trainer_are_refused_before_the_data_is_prepared(tm
         SAMSFTTrainer(args=SAMTrainingArguments(output_dir=str(tmp_path), use_cpu=True), **settings)
     with pytest.raises(ValueError, match=r"got SFTConfig.*with_sam\(SFTConfig\)"):
         SAMSFTTrainer(args=SAMSFTConfig.__mro__[2](output_dir=str(tmp_path), bf16=False, use_cpu=True), **settings)
-    with pytest.raises(ValueError, match="got none"):
-        SAMSFTTrainer(**settings)
     settings["formatting_func"] = lambda row: calls.append(row) or row["text"]
     with pytest.raises(ValueError, match="got DPOConfig"):
         SAMSFTTrainer(args=DPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True), **settings)

@@ -150,6 +150,21 @@ def momentum(how):
     return type(f"Momentum_{how.replace(' ', '_')}", (MomentumEncoder,), {"update": how})
 
 
+class Switch(Stateful):
+    """Goes to and fro."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = False
+
+    def advance(self, h):
+        self.left = not self.left
+        return float(self.left)
+
+    def state(self):
+        return self.left
+
+
 class OwnGenerators(Stateful):
     def __init__(self):
         super().__init__()
@@ -408,6 +423,49 @@ def test_contexts_give_states_back_too():
             model.zero_grad()
         results.append(model.longest)
     assert results == [2, 2]
+
+
+def test_a_switch_is_a_state_from_when_it_goes_back(tmp_path):
+    # Its first turn could be the mark of something that was set up, which must not be set up twice.
+    plain, sam = run_both(tmp_path, Switch, ROWS, gradient_accumulation_steps=1, max_steps=5)
+    assert sam.model.state() == plain.model.state()
+    sam, plain = ([entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (sam, plain))
+    assert sam[0] == plain[0]
+    seen = []
+
+    class Seen(Switch):
+        def advance(self, h):
+            seen.append(self.left)
+            return super().advance(h)
+
+    run_both(tmp_path, Seen, ROWS, gradient_accumulation_steps=1, max_steps=5)
+    passes = seen[5:]
+    assert passes[4::2] == passes[5::2] == [False, True, False]
+
+
+def test_what_is_set_up_in_the_first_pass_is_not_set_up_again():
+    calls = []
+
+    class SetsUp(Stateful):
+        ready = False
+
+        def forward(self, x):
+            if not self.ready:
+                self.layer.register_forward_hook(lambda module, inputs, output: calls.append(1))
+                self.ready = True
+            return {"loss": self.layer(x).square().mean()}
+
+    model, x = SetsUp(), torch.ones(4, 6)
+    sam = SAMStep(Accelerator(cpu=True), model, 0.1)
+
+    def forward_backward(x):
+        loss = model(x)["loss"]
+        loss.backward()
+        return loss.detach()
+
+    sam(forward_backward, x)
+    assert len(calls) == 2
+    assert model.ready
 
 
 def test_library_state_is_left_alone():

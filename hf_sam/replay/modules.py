@@ -25,6 +25,7 @@ class ModuleStates:
         modules (`Iterable[torch.nn.Module]`): modules whose submodules are captured with them.
         frozen (`Iterable[torch.nn.Parameter]`): parameters that no optimizer changes, but a forward pass may.
         ignored (`Callable[[str], bool]`): whether an attribute of that name is the backend's own.
+        switches (`dict`): remembers over the steps which attributes were switched in which direction.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ModuleStates:
         modules: Iterable[torch.nn.Module],
         frozen: Iterable[torch.nn.Parameter] = (),
         ignored: Callable[[str], bool] = lambda name: False,
+        switches: dict | None = None,
     ):
         found: dict[int, torch.nn.Module] = {}
         for module in modules:
@@ -40,6 +42,7 @@ class ModuleStates:
         self._modules = list(found.values())
         self._frozen = list({id(param): param for param in frozen}.values())
         self._ignored = ignored
+        self._switches = {} if switches is None else switches
 
     def add_to(self, snapshot: Snapshot) -> None:
         """Capture all of them."""
@@ -58,7 +61,7 @@ class ModuleStates:
         for buffer in content.values():
             if buffer is not None:
                 snapshot.add_tensor(buffer)
-        snapshot.on_restore(lambda: _put_back(buffers, content, list(buffers)))
+        snapshot.on_restore(lambda end: _put_back(buffers, content, list(buffers)))
 
     def _add_attributes(self, module, snapshot):
         own = module.__dict__
@@ -68,7 +71,26 @@ class ModuleStates:
                 snapshot.add(value)
                 if isinstance(value, itertools.count):
                     content[name] = fresh_counter(value)
-        snapshot.on_restore(lambda: _put_back(own, content, self._names(module)))
+        snapshot.on_restore(lambda end: self._put_back_attributes(module, content, end))
+
+    def _put_back_attributes(self, module, content, end):
+        own, names = module.__dict__, self._names(module)
+        if not end:
+            kept = {name: own[name] for name in names if self._is_latch(module, name, content.get(name, False))}
+            content = content | kept
+            if is_machinery(module):  # what a library's module sets up on first use
+                names = [name for name in names if name in content]
+        _put_back(own, content, names)
+
+    def _is_latch(self, module, name, before) -> bool:
+        """Whether an attribute says that something was set up (hooks, say), which it would be twice if put back."""
+        now = module.__dict__[name]
+        if type(now) is not bool or type(before) is not bool or now is before:
+            return False
+        # A switch that goes both ways is a state.
+        directions = self._switches.setdefault((id(module), name), set())
+        directions.add(now)
+        return len(directions) == 1
 
     def _names(self, module) -> list[str]:
         # torch's own layers keep their weights in other forms under private names (`_flat_weights` of an LSTM).

@@ -43,21 +43,29 @@ class Snapshot:
         self._copy_everything = copy_everything
         self._seen: dict[int, Any] = {}  # held, so that no other object gets the same identity
         self._restores: list[Callable[[], None]] = []
+        self._others: list[Callable[[bool], None]] = []
         self._take_backs: list[Callable[[], None]] = []
 
-    def restore(self) -> None:
-        """Put everything back to what it was."""
+    def restore(self, end: bool = True) -> None:
+        """Put everything back to what it was.
+
+        Args:
+            end (`bool`, defaults to `True`): `False` if another pass follows, for which what was set up meanwhile
+                stays so.
+        """
         for restore in self._restores:
             restore()
+        for restore in self._others:
+            restore(end)
 
     def take_back(self) -> None:
         """Remove what was appended to lists or added to dicts, and leave what was counted up."""
         for take_back in self._take_backs:
             take_back()
 
-    def on_restore(self, restore: Callable[[], None]) -> None:
-        """Have `restore` called when everything is put back."""
-        self._restores.append(restore)
+    def on_restore(self, restore: Callable[[bool], None]) -> None:
+        """Have `restore` called with `end` when everything is put back."""
+        self._others.append(restore)
 
     def add(self, value: Any, *, named: bool = False, depth: int = 0) -> bool:
         """Capture the state of `value`, and of what it holds.

@@ -26,9 +26,9 @@ class WorldState:
         self._random_state = random_state
         self._snapshot = snapshot
 
-    def restore(self) -> None:
-        """Make the world what it was."""
-        self._snapshot.restore()
+    def restore(self, end: bool = True) -> None:
+        """Make the world what it was; see [`Snapshot.restore`]."""
+        self._snapshot.restore(end)
         self._random_state.restore()
 
 
@@ -45,6 +45,7 @@ class World:
         self._inside = {id(part) for part in model.modules()}
         self._found: list[tuple[str, Any]] = []
         self._warned = False
+        self._switches: dict = {}
         self._look([])
 
     def bind(self, backend) -> None:
@@ -67,6 +68,7 @@ class World:
             [*models, *outside],
             [*self._backend.frozen_parameters(), *(param for module in outside for param in frozen_parameters(module))],
             self._backend.is_own_attribute,
+            self._switches,
         )
 
     def _look(self, functions: list[Callable], classes: Iterable[type] = ()) -> None:
