@@ -156,9 +156,9 @@ class Backend:
         """The parameters that a prepared optimizer trains."""
         return [param for group in optimizer.param_groups for param in group["params"]]
 
-    def frozen_parameters(self) -> list[torch.Tensor]:
-        """Frozen parameters that are whole between passes, so that a forward pass could update them."""
-        return [param for model in self.models for param in model.parameters() if not param.requires_grad]
+    def keeps_frozen_parameters(self) -> bool:
+        """Whether frozen parameters are whole between passes, so that a forward pass could update them."""
+        return True
 
     def is_own_attribute(self, name: str) -> bool:
         """Whether an attribute of a module belongs to what trains it, and is not to be put back."""

@@ -52,9 +52,9 @@ class LocalBackend(Backend):
                 stack.enter_context(replayed_hook_states(model))
             yield
 
-    def frozen_parameters(self):
+    def keeps_frozen_parameters(self):
         # What FSDP2 gathers it frees again, so that a forward pass cannot keep a change.
-        return [] if self._fsdp_modules else super().frozen_parameters()
+        return not self._fsdp_modules
 
     def room_for_copies(self):
         # As much as the copy of the weights takes in the descent pass.

@@ -36,8 +36,8 @@ class Zero3Backend(ZeroBackend):
         super().__init__(accelerator, model, **kwargs)
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def frozen_parameters(self):
-        return []  # gathered for a forward pass only, which cannot keep a change
+    def keeps_frozen_parameters(self):
+        return False  # gathered for a forward pass only, which cannot keep a change
 
     def parameters_of(self, optimizer):
         return []  # DeepSpeed partitions nothing outside of the model

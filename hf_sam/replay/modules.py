@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .kinds import IMMUTABLE_TYPES, fresh_counter, is_machinery
+from .random_streams import is_generator
 from .snapshot import Snapshot
 
 # What `torch.nn.Module` itself keeps in its instances: hooks and the dicts of parameters, buffers and submodules.
@@ -19,10 +20,13 @@ _WRAPPERS = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "deepspe
 
 
 class ModuleStates:
-    """Captures the state of modules, listed once a step.
+    """Captures the state of modules, which are looked through once a step.
+
+    Modules of one's own are captured with all that their attributes hold. Of the libraries' modules, whose containers
+    are settings, buffers, tensors and what is assigned to attributes are captured.
 
     Args:
-        modules (`Iterable[torch.nn.Module]`): modules whose submodules are captured with them.
+        modules (`Iterable[torch.nn.Module]`): the modules, their submodules among them.
         frozen (`Iterable[torch.nn.Parameter]`): parameters that no optimizer changes, but a forward pass may.
         ignored (`Callable[[str], bool]`): whether an attribute of that name is the backend's own.
         switches (`dict`): remembers over the steps which attributes were switched in which direction.
@@ -35,49 +39,72 @@ class ModuleStates:
         ignored: Callable[[str], bool] = lambda name: False,
         switches: dict | None = None,
     ):
-        found: dict[int, torch.nn.Module] = {}
-        for module in modules:
-            for part in module.modules():
-                found[id(part)] = part
-        self._modules = list(found.values())
         self._frozen = list({id(param): param for param in frozen}.values())
         self._ignored = ignored
         self._switches = {} if switches is None else switches
+        unique = {id(module): module for module in modules}.values()
+        self._buffers = [module._buffers for module in unique if module._buffers]
+        self._modules = [module for module in unique if not type(module).__module__.startswith(_WRAPPERS)]
+        # What the attributes of each hold, with the number of attributes for which that was found out.
+        self._holders: list[tuple[int, list[str]]] = [(-1, [])] * len(self._modules)
 
     def add_to(self, snapshot: Snapshot) -> None:
         """Capture all of them."""
-        for module in self._modules:
-            self._add_buffers(module, snapshot)
-            if not type(module).__module__.startswith(_WRAPPERS):
-                self._add_attributes(module, snapshot)
+        for buffers in self._buffers:
+            for buffer in buffers.values():
+                if buffer is not None:
+                    snapshot.add_tensor(buffer)
+        contents = [dict(buffers) for buffers in self._buffers]
+        attributes = [self._captured(i, module, snapshot) for i, module in enumerate(self._modules)]
         for param in self._frozen:
             snapshot.add_tensor(param)
 
-    def _add_buffers(self, module, snapshot):
-        buffers = module._buffers
-        if not buffers:
-            return
-        content = dict(buffers)
-        for buffer in content.values():
-            if buffer is not None:
-                snapshot.add_tensor(buffer)
-        snapshot.on_restore(lambda end: _put_back(buffers, content, list(buffers)))
+        def put_back(end: bool):
+            for buffers, content in zip(self._buffers, contents, strict=True):
+                _put_back(buffers, content, list(buffers))
+            for module, content in zip(self._modules, attributes, strict=True):
+                if not _same(module.__dict__, content):
+                    self._put_back_attributes(module, content, end)
 
-    def _add_attributes(self, module, snapshot):
+        snapshot.on_restore(put_back)
+
+    def _captured(self, i: int, module: torch.nn.Module, snapshot: Snapshot) -> dict:
+        """The attributes of a module, those that torch keeps included, which costs less than to leave them out."""
         own = module.__dict__
-        content = {name: own[name] for name in self._names(module)}
-        for name, value in content.items():
-            if type(value) not in IMMUTABLE_TYPES:
-                snapshot.add(value)
-                if isinstance(value, itertools.count):
-                    content[name] = fresh_counter(value)
-        snapshot.on_restore(lambda end: self._put_back_attributes(module, content, end))
+        count, holders = self._holders[i]
+        if count != len(own):
+            holders = self._holding(module)
+            self._holders[i] = len(own), holders
+        content = own.copy()
+        for name in holders:
+            value = own[name]
+            snapshot.add(value)
+            if isinstance(value, itertools.count):
+                content[name] = fresh_counter(value)
+        return content
+
+    def _holding(self, module) -> list[str]:
+        """Names of attributes whose values can change in place."""
+        kinds = (torch.Tensor, np.ndarray) if is_machinery(module) else object
+        return [
+            name
+            for name, value in module.__dict__.items()
+            if type(value) not in IMMUTABLE_TYPES
+            and (isinstance(value, kinds) or is_generator(value))
+            and self._in_scope(module, name, value)
+        ]
+
+    def _in_scope(self, module, name, value) -> bool:
+        # torch's own layers keep their weights in other forms under private names (`_flat_weights` of an LSTM).
+        private = name.startswith("_") and type(module).__module__.startswith("torch.nn.")
+        return name not in _INTERNAL and not private and _is_state(value) and not self._ignored(name)
 
     def _put_back_attributes(self, module, content, end):
-        own, names = module.__dict__, self._names(module)
+        own = module.__dict__
+        names = [name for name, value in own.items() if self._in_scope(module, name, value)]
+        content = {name: value for name, value in content.items() if self._in_scope(module, name, value)}
         if not end:
-            kept = {name: own[name] for name in names if self._is_latch(module, name, content.get(name, False))}
-            content = content | kept
+            content |= {name: own[name] for name in names if self._is_latch(module, name, content.get(name, False))}
             if is_machinery(module):  # what a library's module sets up on first use
                 names = [name for name in names if name in content]
         _put_back(own, content, names)
@@ -92,27 +119,31 @@ class ModuleStates:
         directions.add(now)
         return len(directions) == 1
 
-    def _names(self, module) -> list[str]:
-        # torch's own layers keep their weights in other forms under private names (`_flat_weights` of an LSTM).
-        private = "_" if type(module).__module__.startswith("torch.nn.") else _NOTHING
-        return [
-            name
-            for name, value in module.__dict__.items()
-            if name not in _INTERNAL and not name.startswith(private) and _is_state(value) and not self._ignored(name)
-        ]
+
+_NOTHING = object()
 
 
-_NOTHING = "\0"  # begins no name
+def _same(own: dict, content: dict) -> bool:
+    """Whether all values are the same objects; quick, as this is the rule."""
+    try:
+        return own == content
+    except Exception:  # values of another kind than truth, as tensors give when they are compared
+        return False
 
 
 def add_tree(module: torch.nn.Module, snapshot: Snapshot) -> None:
     """Capture a module and all that is in it."""
-    ModuleStates([module], frozen_parameters(module)).add_to(snapshot)
+    ModuleStates(module.modules(), frozen_parameters(module.modules())).add_to(snapshot)
 
 
-def frozen_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Parameters of a module and its submodules that have no gradient."""
-    return [param for param in module.parameters() if not param.requires_grad]
+def frozen_parameters(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """Parameters of modules, without those of their submodules, that have no gradient."""
+    return [
+        param
+        for module in modules
+        for param in module._parameters.values()
+        if param is not None and not param.requires_grad
+    ]
 
 
 def _put_back(own: dict, content: dict, names: list[str]) -> None:

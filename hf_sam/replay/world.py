@@ -59,16 +59,14 @@ class World:
         Args:
             functions (`list[Callable]`): what the loop computes its micro-batches with.
         """
-        model, models = self._backend.model, self._backend.models
-        self._inside = {id(part) for part in model.modules()}
-        classes = {type(part) for part in model.modules()}
-        self._look(functions, classes)
-        outside = self.companions()
+        parts = [part for model in self._backend.models for part in model.modules()]
+        own = list(self._backend.model.modules()) if len(self._backend.models) > 1 else parts
+        self._inside = {id(part) for part in own}
+        self._look(functions, {type(part) for part in own})
+        outside = [part for module in self.companions() for part in module.modules()]
+        whole = [*(parts if self._backend.keeps_frozen_parameters() else ()), *outside]
         self._modules = ModuleStates(
-            [*models, *outside],
-            [*self._backend.frozen_parameters(), *(param for module in outside for param in frozen_parameters(module))],
-            self._backend.is_own_attribute,
-            self._switches,
+            [*parts, *outside], frozen_parameters(whole), self._backend.is_own_attribute, self._switches
         )
 
     def _look(self, functions: list[Callable], classes: Iterable[type] = ()) -> None:
