@@ -122,6 +122,7 @@ class Backend:
         Args:
             bystanders (`Iterable[torch.Tensor]`): parameters that the passes may reach but this step does not train.
         """
+        self._set_aside = []  # of the step before
         self._select()
         inside = {id(param) for param in self._trainable.values()}
         self._bystanders = [param for param in bystanders if id(param) not in inside]

@@ -76,13 +76,13 @@ class TensorContents:
         if not _is_writable(tensor):
             return None
         state = TensorState(tensor, tensor.detach(), tensor._version)
-        small = tensor.nbytes <= _SMALL_BYTES and not isinstance(tensor, torch.nn.Parameter)
-        if always or small or changes is not None:
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        if always or changes is not None or (tensor.nbytes <= _SMALL_BYTES and not is_parameter):
             state.copy = state.alias.clone()
-        elif tensor.is_floating_point() or tensor.is_complex():
+        elif is_parameter and not (tensor.is_floating_point() or tensor.is_complex()):
+            self._settle(tensor, changed=False)  # packed weights of a quantized model
+        else:
             self._look_at(state)
-        else:  # packed weights of a quantized model, which only training them would change
-            self._settle(tensor, changed=False)
         return state
 
     def _settle(self, tensor: torch.Tensor, changed: bool) -> None:
