@@ -231,10 +231,10 @@ class Backend:
         Args:
             scalers (`list[torch.amp.GradScaler]`): those that the ascent pass used.
         """
-        for scaler in scalers:
-            # `get_scale()` would wait for the device; scaling a one does not.
-            return scaler.scale(torch.ones((), device=self.accelerator.device))
-        return 1.0
+        if not scalers:
+            return 1.0
+        # `get_scale()` would wait for the device; scaling a one does not.
+        return scalers[0].scale(torch.ones((), device=self.accelerator.device))
 
     def has_coarse_weights(self) -> bool:
         """Whether some perturbed weight exists in 16 bits only, so that e reaches it dithered instead of exactly."""

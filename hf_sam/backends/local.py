@@ -42,6 +42,11 @@ class LocalBackend(Backend):
                 "not train; accumulate micro-batches under `accelerator.accumulate(model)`, not by hand; add penalties "
                 "to the loss of the step."
             )
+        if self.ascent_sync == "local" and self.accelerator.num_processes > 1 and self.runs_uneven_inputs():
+            raise RuntimeError(
+                "sam_ascent_sync='local' lets all ranks agree on whether their gradients are finite, but under "
+                "join_uneven_inputs some ranks may be gone. Use sam_ascent_sync='global', or even inputs."
+            )
 
     @contextlib.contextmanager
     def ascent_pass(self):
