@@ -97,8 +97,7 @@ class LocalBackend(Backend):
                 place = _place(param)
             elif grad.is_sparse:
                 grad = grad.to_dense()
-            weight = _local(param).detach()
-            pairs = weight.is_complex()
+            weight, pairs = _local(param), param.is_complex()
             if pairs:
                 weight, grad = torch.view_as_real(weight), torch.view_as_real(grad.resolve_conj())
             fragments.append(Fragment(name=name, weight=weight, master=weight, grad=grad, place=place, pairs=pairs))
@@ -173,23 +172,6 @@ class LocalBackend(Backend):
         verdict = finite.to(torch.int32)
         dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
         return verdict.bool()
-
-    def _reshard(self):
-        # FSDP2 may be told to keep gathered weights after the backward; those would hide a change of the shards.
-        for module in self._fsdp_modules:
-            module.reshard()
-
-    def _abandon_iteration(self):
-        # An error leaves gathered, perturbed weights behind, and gradients that were not reduced yet.
-        for module in self._fsdp_modules[:1]:
-            if hasattr(module, "reset_iter_state"):  # torch 2.13
-                module.reset_iter_state()
-        for module in self._fsdp_modules:
-            group = getattr(module._get_fsdp_state(), "_fsdp_param_group", None)
-            for param in group.fsdp_params if group is not None else ():
-                param.unsharded_accumulated_grad = None
-                if hasattr(param, "_unsharded_param"):
-                    param._unsharded_param.grad = None
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
