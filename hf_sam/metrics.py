@@ -134,8 +134,8 @@ class SAMMetrics:
                 f"SAM acts, but the loss at the perturbed weights is the loss at the unperturbed ones ({clean:.6g}), "
                 f"where it should rise by about {expected:.2g}. The second pass does not see the perturbation, so this "
                 "is plain training at twice the price. Likely causes: a cache of weights (an fp8, dequantized or "
-                "transposed copy, merged adapters), a loss computed once for both passes, or perturbed parameters that "
-                "the loss does not depend on.",
+                "transposed copy, merged adapters), a loss computed once for both passes, or a loss whose value does "
+                "not depend on the perturbed parameters (then its gradient may still be right).",
             )
         rise, share = _LARGEST_RISE
         exploded = not perturbed < float("inf") or (sharpness > rise and sharpness > share * abs(clean))

@@ -3,13 +3,14 @@
 BatchNorm statistics, the lengths that a dynamic RoPE has seen, queues, momentum encoders, counters.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 
-from .kinds import IMMUTABLE_TYPES, fresh_counter, is_machinery
+from .kinds import IMMUTABLE_TYPES, fresh_counter, is_machinery, is_of_machinery
 from .random_streams import is_generator
 from .snapshot import Snapshot
 
@@ -17,6 +18,8 @@ from .snapshot import Snapshot
 _INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"}
 # Wrappers and quantized layers, whose attributes run the training: communication, compilation, optimizer state.
 _WRAPPERS = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "deepspeed", "bitsandbytes", "torchao")
+# Where classes are made at run time out of those of the modules that they are given.
+_MADE = ("torch.distributed.fsdp", "torch.nn.utils.parametrize")
 
 
 class ModuleStates:
@@ -44,7 +47,7 @@ class ModuleStates:
         self._switches = {} if switches is None else switches
         unique = {id(module): module for module in modules}.values()
         self._buffers = [module._buffers for module in unique if module._buffers]
-        self._modules = [module for module in unique if not type(module).__module__.startswith(_WRAPPERS)]
+        self._modules = [module for module in unique if not _home(type(module)).startswith(_WRAPPERS)]
         # What the attributes of each hold, with the number of attributes for which that was found out.
         self._holders: list[tuple[int, list[str]]] = [(-1, [])] * len(self._modules)
 
@@ -85,7 +88,7 @@ class ModuleStates:
 
     def _holding(self, module) -> list[str]:
         """Names of attributes whose values can change in place."""
-        kinds = (torch.Tensor, np.ndarray) if is_machinery(module) else object
+        kinds = (torch.Tensor, np.ndarray) if is_of_machinery(_home(type(module))) else object
         return [
             name
             for name, value in module.__dict__.items()
@@ -96,7 +99,7 @@ class ModuleStates:
 
     def _in_scope(self, module, name, value) -> bool:
         # torch's own layers keep their weights in other forms under private names (`_flat_weights` of an LSTM).
-        private = name.startswith("_") and type(module).__module__.startswith("torch.nn.")
+        private = name.startswith("_") and _home(type(module)).startswith("torch.nn.")
         return name not in _INTERNAL and not private and _is_state(value) and not self._ignored(name)
 
     def _put_back_attributes(self, module, content, end):
@@ -105,7 +108,7 @@ class ModuleStates:
         content = {name: value for name, value in content.items() if self._in_scope(module, name, value)}
         if not end:
             content |= {name: own[name] for name in names if self._is_latch(module, name, content.get(name, False))}
-            if is_machinery(module):  # what a library's module sets up on first use
+            if is_of_machinery(_home(type(module))):  # what a library's module sets up on first use
                 names = [name for name in names if name in content]
         _put_back(own, content, names)
 
@@ -118,6 +121,12 @@ class ModuleStates:
         directions = self._switches.setdefault((id(module), name), set())
         directions.add(now)
         return len(directions) == 1
+
+
+@functools.cache
+def _home(cls: type) -> str:
+    """The Python module in which the class of a module was written."""
+    return next(base.__module__ for base in cls.__mro__ if not base.__module__.startswith(_MADE))
 
 
 _NOTHING = object()

@@ -232,6 +232,35 @@ def replicas_of_a_shard() -> dict:
     return results
 
 
+def states_of_sharded_modules() -> dict:
+    """FSDP2 gives the modules of the user classes of its own; their attributes are the user's all the same."""
+
+    class Counts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.calls, self.seen = torch.nn.Linear(16, 1), 0, []
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen.append(self.calls)
+            return self.layer(x) * (1 + self.calls % 3) * len(self.seen)
+
+    results = {}
+    for rho in (0.0, 1e-30):
+        accelerator = fresh_accelerator()
+        model = Counts()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+        sam = SAMStep(accelerator, model, rho, optimizer=optimizer)
+        for x in batches(3):
+            sam(step_function(accelerator, model), x[accelerator.process_index])
+            optimizer.step()
+            optimizer.zero_grad()
+        results[rho] = (model.calls, model.seen, [param.full_tensor().detach() for param in model.parameters()])
+    return results
+
+
 def a_head_that_nobody_synchronizes() -> dict:
     """The model is under DDP, the head of the loss is not: all ranks must still divide by one norm."""
     accelerator = fresh_accelerator()
@@ -304,6 +333,7 @@ SCENARIOS = (
     static_graph,
     partial_gradients,
     replicas_of_a_shard,
+    states_of_sharded_modules,
     a_head_that_nobody_synchronizes,
     two_models,
     ranks_with_different_radii,

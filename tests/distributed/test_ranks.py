@@ -62,6 +62,15 @@ def test_replicas_of_a_16_bit_shard_draw_the_same_noise_and_other_shards_do_not(
     assert not outcome["sharded"]["same"]
 
 
+def test_states_of_sharded_modules_are_those_of_plain_training(ranks):
+    (calls, seen, weights), (plain_calls, plain_seen, plain) = (
+        ranks["states_of_sharded_modules"][rho] for rho in (1e-30, 0.0)
+    )
+    assert calls == plain_calls == 3
+    assert seen == plain_seen == [1, 2, 3]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights, plain, strict=True))
+
+
 def test_ranks_divide_by_one_norm_also_for_weights_that_nobody_synchronizes(ranks):
     assert ranks["a_head_that_nobody_synchronizes"] == {"perturbed": True, "gradients": True}
 
