@@ -178,7 +178,9 @@ def table(summary: dict) -> Document:
         f"(arXiv 2605.02105, OLMo-2-1B, SAM against AdamW) has {PAPER['forgetting after fine-tuning']}% less "
         f"forgetting after MetaMath and {PAPER['damage of 4 bits']}% less damage of 4 bits."
     )
-    trained = [(name, run["training"]) for name, run in summary["runs"].items() if "passes" in (run["training"] or {})]
+    trained = [
+        (name, run.get("training")) for name, run in summary["runs"].items() if "passes" in (run.get("training") or {})
+    ]
     if trained:
         document.heading("What the training of the base models took")
         document.table(
