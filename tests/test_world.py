@@ -73,6 +73,23 @@ class AttributeTensor(Stateful):
         return self.running.tolist()
 
 
+class MadeThenChanged(Stateful):
+    """A hidden state that the first forward pass makes and the next ones change in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = None
+
+    def advance(self, h):
+        if self.hidden is None:
+            self.hidden = {"state": torch.zeros(6)}
+        self.hidden["state"].mul_(0.5).add_(h.detach().mean(0))
+        return self.hidden["state"]
+
+    def state(self):
+        return self.hidden["state"].tolist()
+
+
 class LargeQueue(AttributeTensor):
     """A queue of keys in a buffer, too large to be copied in each pass without a need."""
 
@@ -185,6 +202,7 @@ STATEFUL = [
     PlainNumber,
     CreatedLate,
     AttributeTensor,
+    MadeThenChanged,
     LargeQueue,
     QueueOfTensors,
     Containers,

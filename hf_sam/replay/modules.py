@@ -5,6 +5,7 @@ BatchNorm statistics, the lengths that a dynamic RoPE has seen, queues, momentum
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -48,8 +49,8 @@ class ModuleStates:
         unique = {id(module): module for module in modules}.values()
         self._buffers = [module._buffers for module in unique if module._buffers]
         self._modules = [module for module in unique if not _home(type(module)).startswith(_WRAPPERS)]
-        # What the attributes of each hold, with the number of attributes for which that was found out.
-        self._holders: list[tuple[int, list[str]]] = [(-1, [])] * len(self._modules)
+        # Of each module, names of attributes that can change in place, and the attributes that this was found out for.
+        self._holders: list[tuple[dict, list[str]]] = [({}, [])] * len(self._modules)
 
     def add_to(self, snapshot: Snapshot) -> None:
         """Capture all of them."""
@@ -74,16 +75,16 @@ class ModuleStates:
     def _captured(self, i: int, module: torch.nn.Module, snapshot: Snapshot) -> dict:
         """The attributes of a module, those that torch keeps included, which costs less than to leave them out."""
         own = module.__dict__
-        count, holders = self._holders[i]
-        if count != len(own):
-            holders = self._holding(module)
-            self._holders[i] = len(own), holders
         content = own.copy()
+        known, holders = self._holders[i]
+        if not _same(own, known):
+            holders = self._holding(module)
+            self._holders[i] = content, holders
         for name in holders:
             value = own[name]
             snapshot.add(value)
             if isinstance(value, itertools.count):
-                content[name] = fresh_counter(value)
+                content = content | {name: fresh_counter(value)}
         return content
 
     def _holding(self, module) -> list[str]:
@@ -133,11 +134,8 @@ _NOTHING = object()
 
 
 def _same(own: dict, content: dict) -> bool:
-    """Whether all values are the same objects; quick, as this is the rule."""
-    try:
-        return own == content
-    except Exception:  # values of another kind than truth, as tensors give when they are compared
-        return False
+    """Whether all values are the same objects; quick, as this is the rule. (`==` would wait for the device.)"""
+    return own.keys() == content.keys() and all(map(operator.is_, own.values(), content.values()))
 
 
 def add_tree(module: torch.nn.Module, snapshot: Snapshot) -> None:
