@@ -83,7 +83,7 @@ class ReadsFromDevice(TorchDispatchMode):
 class KeepsANumber(Branches):
     """Replaces a tensor of one element in each forward pass, as routers keep their loss."""
 
-    def forward(self, input_ids, labels=None, num_items_in_batch=None, attention_mask=None):
+    def forward(self, input_ids, labels=None, num_items_in_batch=None, attention_mask=None, **kwargs):
         output = super().forward(input_ids, labels, num_items_in_batch)
         self.spread = output["logits"].std().detach()
         return output
