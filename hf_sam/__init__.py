@@ -5,18 +5,19 @@ the same of any other trainer and its config, out of `SAMMixin` and `SAMArgument
 loop of one's own.
 """
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from . import host_messages as _host_messages  # noqa: F401  (first: its filters must be set when hosts are imported)
-from .arguments import SAMArguments, SAMTrainingArguments
-from .factory import with_sam
-from .step import SAMStep
-from .trainer import SAMMixin, SAMTrainer
+from .runtime import host_messages as _host_messages  # noqa: F401  (sets its filters before host libraries are imported)
 
 if TYPE_CHECKING:
+    from .arguments import SAMArguments, SAMTrainingArguments
+    from .factory import with_sam
     from .sft import SAMSFTConfig as SAMSFTConfig
     from .sft import SAMSFTTrainer as SAMSFTTrainer
+    from .step import SAMStep
+    from .trainer import SAMMixin, SAMTrainer
 
 # Without SAMSFTTrainer and SAMSFTConfig, so that `from hf_sam import *` works without TRL.
 __all__ = [
@@ -31,11 +32,24 @@ __all__ = [
 
 __version__ = version("hf-sam")
 
+# Imported when they are first used: torch and transformers take seconds, and `hf-sam --help` needs neither.
+_MODULES = {
+    "SAMArguments": ".arguments",
+    "SAMTrainingArguments": ".arguments",
+    "with_sam": ".factory",
+    "SAMSFTConfig": ".sft",
+    "SAMSFTTrainer": ".sft",
+    "SAMStep": ".step",
+    "SAMMixin": ".trainer",
+    "SAMTrainer": ".trainer",
+}
+
 
 def __getattr__(name: str):
-    # TRL is an extra, and takes seconds to import.
-    if name in ("SAMSFTConfig", "SAMSFTTrainer"):
-        from . import sft
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
 
-        return getattr(sft, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -7,6 +7,8 @@ from typing import Literal
 from accelerate.logging import get_logger
 from transformers import SchedulerType, TrainingArguments
 
+from .step.counts import check_count
+
 logger = get_logger(__name__)
 
 
@@ -232,16 +234,6 @@ def _as_float(name: str, value):
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name}={value!r} must be a number.") from None
-
-
-def check_count(name: str, value: float | None, zero_allowed: bool) -> None:
-    """Raise ValueError unless `value` is a count, a share below 1, or None."""
-    if value is None:
-        return
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
-        raise ValueError(f"{name}={value} must be a positive count, or a share of all of them below 1.")
-    if value > 1 and value != int(value):
-        raise ValueError(f"{name}={value} must be a whole number if larger than 1.")
 
 
 def _choices(name: str) -> tuple:

@@ -8,6 +8,9 @@ from transformers import TrainingArguments
 
 from .arguments import SAMArguments, SAMTrainingArguments
 
+# The classes that hf-sam defines itself, by the class of the host that they extend.
+SHIPPED: dict[type, type] = {TrainingArguments: SAMTrainingArguments}
+
 
 def config_with_sam(cls: type, defaults: dict) -> type:
     """See [`~hf_sam.with_sam`].
@@ -19,7 +22,7 @@ def config_with_sam(cls: type, defaults: dict) -> type:
     unknown = defaults.keys() - SAMArguments.__dataclass_fields__.keys()
     if unknown:
         raise TypeError(f"with_sam knows no field {', '.join(map(repr, sorted(unknown)))}; see hf_sam.SAMArguments.")
-    config = cls if issubclass(cls, SAMArguments) else _config(cls)
+    config = cls if issubclass(cls, SAMArguments) else SHIPPED.get(cls) or _config(cls)
     if not defaults:
         return config
     # Hashable, so that the same defaults give the same class every time.
@@ -36,8 +39,6 @@ def turn_into_sam(args: TrainingArguments) -> None:
 
 @functools.cache
 def _config(cls: type) -> type:
-    if (ready_made := _ready_made(cls)) is not None:
-        return ready_made
     _check_generated_init(cls)
     taken = sorted(cls.__dataclass_fields__.keys() & SAMArguments.__dataclass_fields__.keys())
     if taken:
@@ -74,15 +75,6 @@ def _check_generated_init(cls: type) -> None:
             f"one would replace. Write `class SAM{cls.__name__}(SAMArguments, {cls.__name__})` and pass the SAM "
             "fields on in its __init__."
         )
-
-
-def _ready_made(cls: type) -> type | None:
-    """The class that hf-sam ships for `cls`, if any."""
-    if cls.__module__.startswith("trl.") and cls.__name__ == "SFTConfig":
-        from .sft import SAMSFTConfig
-
-        return SAMSFTConfig
-    return SAMTrainingArguments if cls is TrainingArguments else None
 
 
 def _reduce(self, protocol):

@@ -4,6 +4,7 @@ import functools
 
 from transformers import Trainer, TrainingArguments
 
+from .arguments import SAMTrainingArguments
 from .configs import config_with_sam
 from .trainer import SAMMixin, SAMTrainer
 
@@ -32,21 +33,19 @@ def with_sam(cls: type, **defaults) -> type:
     if issubclass(cls, Trainer):
         if defaults:
             raise TypeError(f"with_sam({cls.__name__}) takes no defaults; they belong to the config.")
-        return cls if issubclass(cls, SAMMixin) else _trainer(cls)
-    return config_with_sam(cls, defaults)
+        return cls if issubclass(cls, SAMMixin) else _shipped(cls) or _trainer(cls)
+    return config_with_sam(_shipped(cls) or cls, defaults)
 
 
 @functools.cache
 def _trainer(cls: type) -> type:
-    if (ready_made := _ready_made(cls)) is not None:
-        return ready_made
     return type(f"SAM{cls.__name__}", (SAMMixin, cls), {"__module__": __name__, "__doc__": cls.__doc__})
 
 
-def _ready_made(cls: type) -> type | None:
-    """The class that hf-sam ships for `cls`, if any."""
-    if cls.__module__.startswith("trl.") and cls.__name__ == "SFTTrainer":
-        from .sft import SAMSFTTrainer
+def _shipped(cls: type) -> type | None:
+    """The class that hf-sam defines for `cls` itself, if it does."""
+    if cls.__module__.startswith("trl.") and cls.__name__ in ("SFTConfig", "SFTTrainer"):
+        from .sft import SAMSFTConfig, SAMSFTTrainer
 
-        return SAMSFTTrainer
-    return SAMTrainer if cls is Trainer else None
+        return SAMSFTConfig if issubclass(cls, TrainingArguments) else SAMSFTTrainer
+    return {Trainer: SAMTrainer, TrainingArguments: SAMTrainingArguments}.get(cls)

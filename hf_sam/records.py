@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 
-from .replay import Snapshot, World, reach, reach_class
-from .replay.kinds import IMMUTABLE_TYPES, attributes
-from .replay.modules import add_tree
-from .replay.tensors import TensorContents
+from .step.replay import Snapshot, World, reach, reach_class
+from .step.replay.kinds import IMMUTABLE_TYPES, attributes
+from .step.replay.modules import add_tree
+from .step.replay.tensors import TensorContents
 
 logger = get_logger(__name__)
 

@@ -1,14 +1,9 @@
 """When SAM acts and when the learning rate anneals, in optimizer steps."""
 
-import math
 from dataclasses import dataclass
 
 from .arguments import SAMArguments
-
-
-def resolve_count(value: float, total: int) -> int:
-    """A count, or a share of `total` rounded up if below 1: the convention of `save_steps` and `warmup_steps`."""
-    return int(value) if value >= 1 else math.ceil(total * value)
+from .step.counts import resolve_count
 
 
 @dataclass(frozen=True)
@@ -81,10 +76,3 @@ def annealing_kwargs(args: SAMArguments, max_steps: int, warmup_steps: int) -> d
         "decay_type": args.anneal_type,
         "min_lr_ratio": args.anneal_min_lr_ratio,
     }
-
-
-def ascent_count(wanted: float | None, micro_batches: int) -> int:
-    """How many of the step's `micro_batches` the ascent pass uses, of a `wanted` count or share: at least one."""
-    if wanted is None:
-        return micro_batches
-    return min(micro_batches, max(1, resolve_count(wanted, micro_batches)))

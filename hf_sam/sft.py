@@ -10,12 +10,16 @@ except ImportError as error:
     ) from error
 
 from .arguments import SAMArguments
+from .configs import SHIPPED
 from .trainer import SAMMixin
 
 
 @dataclass(repr=False)
 class SAMSFTConfig(SAMArguments, SFTConfig):
     """[`~trl.SFTConfig`] with the fields of [`SAMArguments`]."""
+
+
+SHIPPED[SFTConfig] = SAMSFTConfig
 
 
 class SAMSFTTrainer(SAMMixin, SFTTrainer):

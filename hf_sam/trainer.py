@@ -11,16 +11,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .arguments import SAMArguments
-from .backends import check_supported
 from .configs import turn_into_sam
 from .history import SAMHistory
 from .model_card import describe_in_model_card
-from .parameters import check_perturbable, keep_adapters_exact, select_names, trainable_parameters
 from .records import TrainerWorld, appended_taken_back, reached_by
-from .replay import muted, parameters_reached
-from .replay.reach import code_names
-from .schedule import SAMWindow, annealing_kwargs, ascent_count
-from .step import SAMStep
+from .schedule import SAMWindow, annealing_kwargs
+from .step.backends import check_supported
+from .step.counts import ascent_count
+from .step.parameters import check_perturbable, keep_adapters_exact, select_names, trainable_parameters
+from .step.replay import muted, parameters_reached
+from .step.replay.reach import code_names
+from .step.sam_step import SAMStep
 
 logger = get_logger(__name__)
 
@@ -71,7 +72,7 @@ class SAMMixin:
     class, is called for each micro-batch in each of the two passes; what it does to gradients it does in both.
 
     The arguments must carry the fields of [`SAMArguments`]. While SAM acts, the `loss` that the host logs stays the
-    one at the unperturbed weights, and the metrics of [`~hf_sam.metrics.SAMMetrics`] join the logs.
+    one at the unperturbed weights, and the metrics of [`~hf_sam.step.metrics.SAMMetrics`] join the logs.
 
     Class attributes:
         sam_recorded (`tuple[str, ...]`): attributes of the trainer that its `compute_loss` writes to: numbers,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from hf_sam.config_file import read_flags
-from hf_sam.errors import UsageError, did_you_mean, raising, unknown_arguments
+from hf_sam.runtime.config import read_flags
+from hf_sam.runtime.errors import UsageError, did_you_mean, raising, unknown_arguments
 
 EXTENDS = "extends"
 

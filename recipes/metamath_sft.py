@@ -25,11 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_sam import SAMSFTConfig, SAMSFTTrainer
-from hf_sam.errors import command
-from hf_sam.evaluation.sources import ModelSource, find_model
-from hf_sam.pretraining import Plan, Source, accumulation_for, last_complete, measure_model, parse_tokens
-from hf_sam.pretraining.checkpoints import CheckpointRecord, decisive_settings, is_done, mark_done, record
-from hf_sam.resources import check_disk
+from hf_sam.commands.reporting import command
+from hf_sam.planning import Plan, accumulation_for, measure_model, parse_tokens
+from hf_sam.pretraining import Source
+from hf_sam.runtime.disk import check_disk
+from hf_sam.runtime.models import ModelSource, find_model
+from hf_sam.runtime.run_record import CheckpointRecord, decisive_settings, is_done, last_complete, mark_done, record
 
 
 @dataclass

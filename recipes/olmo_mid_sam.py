@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from configuration import RecipeParser
 
-from hf_sam.errors import command
+from hf_sam.commands.reporting import command
 from hf_sam.pretraining import DataArguments, ModelArguments, PretrainingArguments, plan, pretrain
 
 

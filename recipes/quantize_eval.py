@@ -14,15 +14,17 @@ from pathlib import Path
 
 from configuration import read_config
 
-from hf_sam.errors import UsageError, command, did_you_mean
-from hf_sam.evaluation import forgetting, forgetting_reduction
-from hf_sam.evaluation.processes import join_processes, rank_and_world
-from hf_sam.pretraining.checkpoints import DONE, read_done
-from hf_sam.report import EvaluationArguments, Results, write_comparison, write_report
-from hf_sam.report.command import EvaluateParser, tell_failures
+from hf_sam.commands.evaluate import EvaluateParser, tell_failures
+from hf_sam.commands.reporting import command
+from hf_sam.evaluation import EvaluationArguments, Results
+from hf_sam.evaluation.run import Evaluation
+from hf_sam.report import write_comparison, write_report
 from hf_sam.report.document import Document
-from hf_sam.report.run import Evaluation
-from hf_sam.resources import write_json
+from hf_sam.runtime.disk import write_json
+from hf_sam.runtime.distributed import join_processes, rank_and_world
+from hf_sam.runtime.errors import UsageError, did_you_mean
+from hf_sam.runtime.run_record import DONE, read_done
+from hf_sam.statistics import forgetting, forgetting_reduction
 
 # arXiv 2605.02105, OLMo-2-1B: how much less SAM forgets than AdamW, in per cent.
 PAPER = {"forgetting after fine-tuning": 31, "damage of 4 bits": 40}

@@ -20,8 +20,9 @@ import yaml
 from configuration import RecipeParser, merged, read_config
 from stages import Stage, Stages, python
 
-from hf_sam.errors import command
-from hf_sam.pretraining import last_complete, parse_tokens
+from hf_sam.commands.reporting import command
+from hf_sam.planning import parse_tokens
+from hf_sam.runtime.run_record import last_complete
 
 HERE = Path(__file__).resolve().parent
 PRESETS = HERE / "configs" / "presets"

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 
 from hf_sam.baselines import with_rehearsal
-from hf_sam.named_data import open_split
+from hf_sam.runtime.dataset_specs import open_split
 
 ALPACA = (
     "Below is an instruction that describes a task{context}. Write a response that appropriately completes the "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_sam.resources import write_json
+from hf_sam.runtime.disk import write_json
 
 # Tells to which stage a process belongs; launchers start theirs in sessions of their own, without open files.
 _STAGE = "HF_SAM_STAGE"

@@ -22,7 +22,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_sam.errors import command
+from hf_sam.commands.reporting import command
 
 CORPUS_PACKAGES = ("torch", "transformers")
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are mostly boilerplate

@@ -31,8 +31,8 @@ def test_importing_needs_only_torch_transformers_and_accelerate():
     program = (
         "import sys\n"
         f"for name in {OPTIONAL!r}: sys.modules[name] = None\n"
-        "import hf_sam, hf_sam.baselines, hf_sam.evaluation, hf_sam.pretraining, hf_sam.report\n"
-        "for name in hf_sam.evaluation.__all__: getattr(hf_sam.evaluation, name)\n"
+        "import hf_sam, hf_sam.baselines, hf_sam.evaluation, hf_sam.instruments, hf_sam.pretraining, hf_sam.report\n"
+        "for name in hf_sam.instruments.__all__: getattr(hf_sam.instruments, name)\n"
         "print(hf_sam.SAMTrainer.__name__, hf_sam.__version__)\n"
         "try: hf_sam.SAMSFTTrainer\n"
         "except ImportError as error: print(error)\n"

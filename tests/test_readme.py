@@ -64,7 +64,7 @@ def test_the_commands_have_the_flags_that_are_shown(command):
     from accelerate.commands.launch import launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    from hf_sam.cli import _parser
+    from hf_sam.commands.cli import _parser
 
     _, name, *argv = shlex.split(command)
     *_, unknown = _parser(name).parse_args_and_config(
@@ -79,7 +79,7 @@ def test_the_measures_run_as_shown(tmp_path, capsys):
     from toy_evaluation import moved, sharp_olmo2
     from toy_trl import rows, tokenizer
 
-    programs = [block for block in code_blocks("python") if "hf_sam.evaluation" in block]
+    programs = [block for block in code_blocks("python") if "hf_sam.instruments" in block]
     base = sharp_olmo2()
     names = {"dataset": rows("text", count=8), "tokenizer": tokenizer(), "base": base, "tuned": moved(base, 0.02)}
     exec(programs[0], names)
@@ -93,21 +93,21 @@ def test_the_measures_run_as_shown(tmp_path, capsys):
 
 def test_every_measure_that_is_named_exists():
     import hf_sam.baselines
-    import hf_sam.evaluation
+    import hf_sam.instruments
 
     section = README.split("## Measure what it did")[1].split("\n## ")[0]
     table, baselines = section.split("**Other ways to forget less**")
     tables = "\n".join(line for line in table.splitlines() if line.startswith("| "))
     named = set(re.findall(r"`(\w+)[`(]", tables)) - {"evaluate", "hf_sam"}
     assert len(named) >= 20
-    assert named <= set(hf_sam.evaluation.__all__)
+    assert named <= {*hf_sam.instruments.__all__, *hf_sam.statistics.__all__}
     assert set(re.findall(r"`(\w+(?:Mixin|_\w+|config))`", baselines)) - {"hf_sam"} <= set(hf_sam.baselines.__all__)
 
 
 @pytest.mark.parametrize("command", re.findall(r"^hf-sam evaluate .*$", README, re.MULTILINE))
 def test_the_evaluations_have_the_flags_that_are_shown(command):
-    from hf_sam.report import EvaluationArguments
-    from hf_sam.report.command import EvaluateParser
+    from hf_sam.commands.evaluate import EvaluateParser
+    from hf_sam.evaluation import EvaluationArguments
 
     flags = vars(EvaluateParser().parse_args(shlex.split(command)[2:]))
     flags.pop("config")

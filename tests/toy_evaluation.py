@@ -10,7 +10,7 @@ from toy import VOCABULARY
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_sam.evaluation import HeldOutData
+from hf_sam.instruments import HeldOutData
 
 transformers.utils.logging.disable_progress_bar()
 

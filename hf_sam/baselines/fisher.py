@@ -11,14 +11,16 @@ from pathlib import Path
 
 import torch
 
-from ..backends.shards import check_whole
-from ..evaluation.data import Batch, HeldOutData, batches_of
-from ..evaluation.displacement import floating_parameters
-from ..evaluation.loss import IGNORED, counted_logits, token_losses
-from ..evaluation.measuring import measuring
-from ..evaluation.processes import progress, share, total_tensor
-from ..evaluation.sharpness import check_precise, only_trainable
-from ..parameters import plain_name
+from ..instruments.data import Batch, HeldOutData, batches_of
+from ..instruments.displacement import floating_parameters
+from ..instruments.loss import counted_logits, token_losses
+from ..instruments.measuring import measuring
+from ..instruments.sharpness import check_precise, only_trainable
+from ..runtime.distributed import share, total_tensor
+from ..runtime.labels import IGNORED
+from ..runtime.progress import progress
+from ..runtime.sharding import check_whole
+from ..step.parameters import plain_name
 
 
 def estimate_fisher(

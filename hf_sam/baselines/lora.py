@@ -17,7 +17,7 @@ def lora_config(rank: int = 16, **overrides):
     Raises:
         ImportError: if PEFT is missing.
     """
-    from ..evaluation.requirements import need
+    from ..runtime.packages import need
 
     need("peft", "LoRA")
     from peft import LoraConfig

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Trainer, TrainingArguments
 
-from ..backends.shards import is_sharded, local_piece, piece_of
-from ..parameters import plain_name
+from ..runtime.sharding import is_sharded, local_piece, piece_of
+from ..step.parameters import plain_name
 from ..trainer import SAMMixin, check_in_front, once_a_step
 from .fisher import load_fisher
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..backends.shards import check_whole
-from ..evaluation.displacement import Displacement, Weights, floating_parameters, weights_like
+from ..instruments.displacement import Displacement, Weights, floating_parameters, weights_like
+from ..runtime.sharding import check_whole
 
 
 def wise_ft(

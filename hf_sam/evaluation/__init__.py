@@ -1,100 +1,12 @@
-"""Instruments: what a model forgot, what few bits cost it, how sharp its minimum is.
+"""`hf-sam evaluate` from beginning to end.
 
-Every measure is a function of a model and data; it leaves the model bit for bit as it was, and its result does not
-depend on batch size, padding, packing or the number of processes.
-
-- loss and forgetting: [`HeldOutData`], [`held_out_loss`], [`forgetting`]
-- a sweep of runs: [`forgetting_reduction`], [`forgetting_at`], [`pareto_frontier`], [`inflection_point`]
-- quantization: [`quantization_damage`], [`load_quantized`], [`round_to_nearest`]
-- sharpness: [`noise_kl`], [`noise_sensitivity`], [`sam_sharpness`], [`hessian_spectrum`]
-- landscape: [`loss_along_line`], [`loss_on_plane`], [`loss_on_random_plane`]
-- similarity: [`representation_similarity`], [`weight_distance`]
-- benchmarks: [`run_benchmarks`], [`score_change`]
-- during training: [`ForgettingCallback`], [`SharpnessCallback`]
-- all of it at once: `hf_sam.report`, `hf-sam evaluate`
+- [`EvaluationArguments`]: what to measure
+- [`evaluate`]: measures it part by part, goes on where it was interrupted, and returns the record
+- [`Results`]: reads a record
 """
 
-from pathlib import Path
+from .results import Results
+from .run import evaluate
+from .settings import EvaluationArguments
 
-from .benchmarks import OLMES_CORE_9, BenchmarkResult, run_benchmarks, score_change
-from .callbacks import ForgettingCallback, SharpnessCallback
-from .data import HeldOutData
-from .estimate import Estimate
-from .frontier import (
-    InflectionPoint,
-    Reduction,
-    TunedRun,
-    forgetting_at,
-    forgetting_reduction,
-    inflection_point,
-    pareto_frontier,
-    shared_range,
-)
-from .hessian import Hessian, HessianSpectrum, hessian_spectrum
-from .landscape import LossLine, LossPlane, loss_along_line, loss_on_plane, loss_on_random_plane
-from .loss import HeldOutLoss, forgetting, held_out_loss
-from .noise import NoiseKL, NoiseSensitivity, noise_kl, noise_sensitivity
-from .quantization import (
-    SCHEMES,
-    QuantizationDamage,
-    Quantized,
-    load_quantized,
-    quantization_damage,
-    quantized,
-    round_to_nearest,
-)
-from .sharpness import SAMSharpness, sam_sharpness
-from .similarity import RepresentationSimilarity, WeightDistance, representation_similarity, weight_distance
-
-__all__ = [
-    "OLMES_CORE_9",
-    "SCHEMES",
-    "BenchmarkResult",
-    "Estimate",
-    "ForgettingCallback",
-    "HeldOutData",
-    "HeldOutLoss",
-    "Hessian",
-    "HessianSpectrum",
-    "InflectionPoint",
-    "LossLine",
-    "LossPlane",
-    "NoiseKL",
-    "NoiseSensitivity",
-    "QuantizationDamage",
-    "Quantized",
-    "Reduction",
-    "RepresentationSimilarity",
-    "SAMSharpness",
-    "SharpnessCallback",
-    "TunedRun",
-    "WeightDistance",
-    "forgetting",
-    "forgetting_at",
-    "forgetting_reduction",
-    "held_out_loss",
-    "hessian_spectrum",
-    "inflection_point",
-    "load_quantized",
-    "loss_along_line",
-    "loss_on_plane",
-    "loss_on_random_plane",
-    "metric_path",
-    "noise_kl",
-    "noise_sensitivity",
-    "pareto_frontier",
-    "quantization_damage",
-    "quantized",
-    "representation_similarity",
-    "round_to_nearest",
-    "run_benchmarks",
-    "sam_sharpness",
-    "score_change",
-    "shared_range",
-    "weight_distance",
-]
-
-
-def metric_path() -> str:
-    """Folder of the metric `held_out_loss` for `evaluate.load`, which then needs no network."""
-    return str(Path(__file__).parent / "metrics" / "held_out_loss")
+__all__ = ["EvaluationArguments", "Results", "evaluate"]

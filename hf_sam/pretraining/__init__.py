@@ -9,13 +9,10 @@
 """
 
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
-from .budget import accumulation_for, parse_tokens, steps_for
-from .checkpoints import last_complete
 from .data import TrainingData, training_data
 from .documents import Source, TokenStream
 from .loss import ZLoss
 from .packing import MixedRows, Mixture, PackedRows, tokenized
-from .planning import Plan, measure_model
 from .run import plan, pretrain
 from .stream import PackedStream
 from .trainer import PretrainingTrainer
@@ -27,20 +24,14 @@ __all__ = [
     "ModelArguments",
     "PackedRows",
     "PackedStream",
-    "Plan",
     "PretrainingArguments",
     "PretrainingTrainer",
     "Source",
     "TokenStream",
     "TrainingData",
     "ZLoss",
-    "accumulation_for",
-    "last_complete",
-    "measure_model",
-    "parse_tokens",
     "plan",
     "pretrain",
-    "steps_for",
     "tokenized",
     "training_data",
 ]

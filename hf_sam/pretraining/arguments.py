@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..arguments import SAMTrainingArguments
-from .budget import accumulation_for, parse_tokens, steps_for
+from ..planning.budget import accumulation_for, parse_tokens, steps_for
 
 
 @dataclass(repr=False)  # the host's own leaves tokens out

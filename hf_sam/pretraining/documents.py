@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.requirements import need
-from ..named_data import data_files, is_data, named, open_split
+from ..runtime.dataset_specs import data_files, is_data, named, open_split
+from ..runtime.packages import need
 
 # Documents that a worker tokenizes at once, and files that are read at once.
 _BATCH = 64
@@ -24,7 +24,7 @@ class Source:
     """Where text comes from.
 
     Attributes:
-        spec (`str`): `[NAME=]PLACE`, see [`~hf_sam.named_data.open_split`].
+        spec (`str`): `[NAME=]PLACE`, see [`~hf_sam.runtime.dataset_specs.open_split`].
         column (`str`): column of text.
         split (`str` or `None`): the split; train, or the first that there is, when omitted.
     """

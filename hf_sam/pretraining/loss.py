@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .packing import IGNORED
+from ..runtime.labels import IGNORED
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..runtime.labels import IGNORED
 from .documents import Source, check_text, token_ids
-
-IGNORED = -100
 
 
 def make_row(tokens: np.ndarray, starts: np.ndarray, length: int, padding: int, document_mask: bool) -> dict:

@@ -9,14 +9,15 @@ from accelerate.logging import get_logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import get_model_param_count
 
-from ..evaluation.processes import checked_by_first
-from ..evaluation.sources import ModelSource, find_model
-from ..resources import check_disk
-from ..schedule import SAMWindow, ascent_count
+from ..planning.plan import Plan, measure_model
+from ..runtime.disk import check_disk
+from ..runtime.distributed import checked_by_first
+from ..runtime.models import ModelSource, find_model
+from ..runtime.run_record import decisive_settings, is_done, last_complete, mark_done, read_record, record
+from ..schedule import SAMWindow
+from ..step.counts import ascent_count
 from .arguments import DataArguments, ModelArguments, PretrainingArguments, checkpoint_hash, checkpoint_step
-from .checkpoints import decisive_settings, is_done, last_complete, mark_done, read_record, record
 from .data import data_fingerprint, training_data
-from .planning import Plan, measure_model
 from .trainer import PretrainingTrainer
 
 logger = get_logger(__name__)
@@ -115,7 +116,7 @@ def model_source(model_args: ModelArguments) -> ModelSource | None:
     """The model whose weights are the start, downloaded if need be; None for random weights.
 
     Raises:
-        ValueError, OSError: see [`~hf_sam.evaluation.sources.find_model`].
+        ValueError, OSError: see [`~hf_sam.runtime.models.find_model`].
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if name is None:

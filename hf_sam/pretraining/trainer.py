@@ -4,8 +4,8 @@ import re
 
 from transformers import TrainerCallback
 
+from ..runtime.run_record import CheckpointRecord
 from ..trainer import SAMTrainer
-from .checkpoints import CheckpointRecord
 from .data import TrainingData
 from .loss import ZLoss
 from .stream import PackedStream

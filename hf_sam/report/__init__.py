@@ -1,16 +1,10 @@
-"""Evaluations from beginning to end: `hf-sam evaluate` and `hf-sam report`.
+"""Reports: Markdown, and one HTML file with its pictures inside. Renders results, measures nothing.
 
-- [`EvaluationArguments`]: what to measure
-- [`evaluate`]: measures it part by part, goes on where it was interrupted, and returns the record
-- [`Results`]: reads a record
-- [`write_report`]: Markdown and one HTML file about one evaluation
-- [`write_comparison`]: the same about several
+- [`write_report`]: about one evaluation
+- [`write_comparison`]: about several
 """
 
 from .comparison import write_comparison
 from .pages import write_report
-from .results import Results
-from .run import evaluate
-from .settings import EvaluationArguments
 
-__all__ = ["EvaluationArguments", "Results", "evaluate", "write_comparison", "write_report"]
+__all__ = ["write_comparison", "write_report"]

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.frontier import forgetting_reduction, inflection_point
-from ..evaluation.loss import forgetting
-from ..evaluation.plots import plot_frontier
+from ..evaluation.results import Results
+from ..instruments.plots import plot_frontier
+from ..statistics.frontier import forgetting_reduction, inflection_point
+from ..statistics.losses import forgetting
 from .document import Document
 from .pages import MISSING, change_text, error_text, loss_text
-from .results import Results
 
 
 def write_comparison(

@@ -5,6 +5,8 @@ import html
 import re
 from pathlib import Path
 
+from ..runtime.markdown import markdown_table
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
@@ -96,16 +98,6 @@ class Document:
             f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
         )
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns."""
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (header, *rows)]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
 
 
 def _html_table(header: list[str], rows: list[list[str]]) -> str:

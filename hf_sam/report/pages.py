@@ -5,11 +5,11 @@ Every comparison shows what was lost, and where it ended: a model that had less 
 
 from pathlib import Path
 
-from ..evaluation.benchmarks import score_change
-from ..evaluation.loss import HeldOutLoss, forgetting
-from ..evaluation.plots import plot_layers, plot_line, plot_noise, plot_plane
+from ..evaluation.results import Results
+from ..instruments.benchmarks import score_change
+from ..instruments.plots import plot_layers, plot_line, plot_noise, plot_plane
+from ..statistics.losses import HeldOutLoss, forgetting
 from .document import Document
-from .results import Results
 
 MISSING = "missing"
 

@@ -6,7 +6,7 @@ from toy_evaluation import FailsAfter, busy, held_out, sharp_olmo2, token_rows, 
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_sam.baselines import estimate_fisher, load_fisher, save_fisher
-from hf_sam.evaluation import HeldOutData
+from hf_sam.instruments import HeldOutData
 
 
 def by_hand(model, rows):

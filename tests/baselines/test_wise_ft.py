@@ -5,7 +5,7 @@ import torch
 from toy_evaluation import busy, held_out, moved, sharp_olmo2, unchanged
 
 from hf_sam.baselines import interpolate, wise_ft
-from hf_sam.evaluation import held_out_loss, loss_along_line
+from hf_sam.instruments import held_out_loss, loss_along_line
 
 
 def test_weights_between_base_and_tuned():

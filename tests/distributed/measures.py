@@ -10,7 +10,7 @@ from toy_evaluation import held_out, moved, sharp_olmo2
 
 from hf_sam import SAMTrainer
 from hf_sam.baselines import L2Arguments, L2Mixin, estimate_fisher
-from hf_sam.evaluation import (
+from hf_sam.instruments import (
     ForgettingCallback,
     HeldOutData,
     SharpnessCallback,
@@ -22,7 +22,7 @@ from hf_sam.evaluation import (
     representation_similarity,
     sam_sharpness,
 )
-from hf_sam.evaluation.processes import rank_and_world
+from hf_sam.runtime.distributed import rank_and_world
 
 # Noise can be added to these; the weights of ZeRO-3 are out of reach.
 NOISY = ("single", "ddp", "fsdp2")

@@ -5,8 +5,8 @@ from distributed.cases import GLOBAL_BATCH, LEARNING_RATE, MAX_STEPS, Case
 from distributed.worker import build_model
 from toy import token_dataset
 
-from hf_sam.parameters import select_names
-from hf_sam.reference import sam_step
+from hf_sam.step.parameters import select_names
+from hf_sam.step.reference import sam_step
 
 
 def trajectory(case: Case, replicas: int = 1) -> dict:

@@ -191,7 +191,7 @@ def partial_gradients() -> dict:
         return loss.detach()
 
     sam(forward_backward, None)
-    from hf_sam.reference import sam_step
+    from hf_sam.step.reference import sam_step
 
     expected = sam_step(other, [None], lambda m, _: (m(x) - target).square().mean(), RHO)
     metrics = sam.pop_metrics()

@@ -164,7 +164,7 @@ def one_rank_missing(strategy: str, output_dir: Path) -> None:
     """An error that only one rank meets: it must not wait for the others in a collective."""
     if not strategy.startswith("zero"):
         return
-    from hf_sam.backends import zero
+    from hf_sam.step.backends import zero
 
     timeout, zero._PEER_TIMEOUT_SECONDS = zero._PEER_TIMEOUT_SECONDS, 1.0
     rank = torch.distributed.get_rank()

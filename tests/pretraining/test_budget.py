@@ -6,7 +6,8 @@ import pytest
 import torch
 from toy import olmo2, token_dataset
 
-from hf_sam.pretraining import DataArguments, PretrainingArguments, accumulation_for, parse_tokens, steps_for
+from hf_sam.planning import accumulation_for, parse_tokens, steps_for
+from hf_sam.pretraining import DataArguments, PretrainingArguments
 from hf_sam.pretraining.arguments import checkpoint_step
 
 

@@ -14,7 +14,7 @@ import yaml
 from configuration import RecipeParser, read_config
 from stages import Stages
 
-from hf_sam.report import EvaluationArguments
+from hf_sam.evaluation import EvaluationArguments
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

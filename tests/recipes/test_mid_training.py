@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from toy import olmo2
 
-from hf_sam.pretraining.checkpoints import read_done
+from hf_sam.runtime.run_record import read_done
 
 STEPS = 10
 # With its usual epsilon, Adam makes whole steps of gradients that are only rounding.

@@ -10,7 +10,7 @@ import torch
 from toy import olmo2
 from toy_trl import rows, tokenizer
 
-from hf_sam.report import Results
+from hf_sam.evaluation import Results
 
 
 def trained(model, texts: list[str], steps: int, rate: float):
@@ -115,7 +115,7 @@ def test_two_processes_measure_what_one_does(launch, shelf_of_runs, summary, tmp
 
 def test_a_second_call_measures_nothing_anew(summary, shelf_of_runs, monkeypatch, capsys):
     found, output = summary
-    monkeypatch.setattr("hf_sam.report.run.held_out_loss", lambda *args, **kwargs: pytest.fail("measured again"))
+    monkeypatch.setattr("hf_sam.evaluation.run.held_out_loss", lambda *args, **kwargs: pytest.fail("measured again"))
     assert quantize_eval.main(flags(shelf_of_runs, output)) == 0
     assert json.loads((output / "summary.json").read_text()) == found
 

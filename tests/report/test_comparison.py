@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from hf_sam import cli
-from hf_sam.report import Results
+from hf_sam.commands import cli
+from hf_sam.evaluation import Results
 from hf_sam.report.comparison import comparison_report
 
 TOKENS = [100, 80, 120, 90]

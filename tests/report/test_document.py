@@ -1,6 +1,7 @@
 """Reports as Markdown and as one page."""
 
-from hf_sam.report.document import Document, markdown_table
+from hf_sam.report.document import Document
+from hf_sam.runtime.markdown import markdown_table
 
 
 def test_pictures_of_one_name_do_not_hide_each_other(tmp_path):

@@ -1,0 +1,1 @@
+"""The command `hf-sam`, one module a sub-command."""

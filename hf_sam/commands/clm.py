@@ -1,0 +1,101 @@
+"""`hf-sam clm`: pretraining on plain text, from a checkpoint or from scratch, with TRL's trainer and data handling."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from ..sft import SAMSFTConfig, SAMSFTTrainer
+from .training_inputs import load_training_data, parse_arguments
+
+
+@dataclass(repr=False)
+class CLMConfig(SAMSFTConfig):
+    """[`SAMSFTConfig`] with the defaults of language modelling: texts concatenated and cut into blocks.
+
+    Parameters:
+        from_scratch (`bool`, *optional*, defaults to `False`):
+            Take only the configuration and the tokenizer of `model_name_or_path`, and start from random weights.
+    """
+
+    packing: bool = field(default=True, metadata={"help": "Fill every block of `max_length` tokens with texts."})
+    packing_strategy: str = field(
+        default="wrapped",
+        metadata={"help": "'wrapped': concatenate all texts and cut. 'bfd': keep texts whole where they fit."},
+    )
+    from_scratch: bool = field(
+        default=False,
+        metadata={"help": "Start from random weights, with the configuration and tokenizer of the model."},
+    )
+
+
+def make_parser(prog: str = "hf-sam clm") -> TrlParser:
+    """Parser of the command: TRL's arguments for data and model, and [`CLMConfig`]."""
+    return TrlParser((ScriptArguments, CLMConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(argv: list[str]) -> None:
+    """Train on the column `text` (or `--dataset_text_field`) of a dataset, and save.
+
+    Args:
+        argv (`list[str]`): flags; `--config FILE` reads more of them from YAML.
+
+    Raises:
+        ValueError: if model, data, split or column is missing; the message names what there is.
+        OSError: if the output folder cannot be written to.
+    """
+    script_args, args, model_args, mixture = parse_arguments(make_parser(), argv)
+    dataset = load_training_data(script_args, args, mixture, [args.dataset_text_field])
+
+    quantization = get_quantization_config(model_args)
+    if args.from_scratch:
+        if quantization is not None:
+            raise ValueError("--from_scratch starts from random weights, which cannot be quantized. Drop one of them.")
+        model = _random_model(args, model_args)
+    else:
+        model = model_args.model_name_or_path
+        args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+            **(args.model_init_kwargs or {}),
+        }
+    trainer = SAMSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset.get("test"),
+        processing_class=AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+        ),
+        quantization_config=quantization,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if hasattr(trainer, "end"):  # transformers 5.18
+        trainer.end()
+
+
+def _random_model(args: CLMConfig, model_args: ModelConfig):
+    set_seed(args.seed)
+    config = AutoConfig.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    if model_args.dtype != "auto":
+        config.dtype = getattr(torch, model_args.dtype or "float32")
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation=model_args.attn_implementation, trust_remote_code=args.trust_remote_code
+    )

@@ -1,0 +1,38 @@
+"""`hf-sam report`: compare evaluations."""
+
+import argparse
+
+from ..evaluation.results import Results
+from ..report.comparison import write_comparison
+from ..report.pages import evaluation_report
+from ..runtime.errors import raising
+
+
+def report_parser() -> argparse.ArgumentParser:
+    """The parser of `hf-sam report`."""
+    parser = argparse.ArgumentParser(
+        prog="hf-sam report", description="Compare evaluations, the first of which is the reference."
+    )
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="output folders of hf-sam evaluate")
+    parser.add_argument("--output", help="folder of the report (of one evaluation, its own; of several, comparison)")
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=float,
+        default=[],
+        help="pretraining budget of each base: finds the inflection point",
+    )
+    return parser
+
+
+def report_main(argv: list[str]) -> int:
+    """Write the report of one evaluation again, or compare several; returns the exit status."""
+    arguments = raising(report_parser()).parse_args(argv)
+    if len(arguments.folders) == 1:
+        folder = arguments.folders[0]
+        paths = evaluation_report(Results.read(folder)).write(arguments.output or folder)
+    else:
+        paths = write_comparison(arguments.folders, arguments.output or "comparison", arguments.budgets)
+    for path in paths:
+        print(path)
+    return 0

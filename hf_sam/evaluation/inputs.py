@@ -1,0 +1,76 @@
+"""Models and data as an evaluation names them, checked before anything is measured."""
+
+import dataclasses
+import os
+
+from ..instruments.data import HeldOutData
+from ..runtime.dataset_specs import data_files, named, open_split
+from ..runtime.models import ModelSource
+from ..runtime.packages import need
+
+
+def with_distinct_names(sources: list[ModelSource]) -> list[ModelSource]:
+    """The same sources; where two would have one name, they are called by what they were named as.
+
+    Raises:
+        ValueError: if a model is named twice.
+    """
+    names = [source.name for source in sources]
+    sources = [s if names.count(s.name) == 1 else dataclasses.replace(s, name=s.spec) for s in sources]
+    names = [source.name for source in sources]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"The model {twice[0]!r} is named twice; give them names: NAME=PATH.")
+    return sources
+
+
+def check_same_shapes(base: ModelSource, tuned: ModelSource) -> None:
+    """Raises ValueError if the weights of two models have other names or shapes: nothing is between them then."""
+    first, second = base.shapes(), tuned.shapes()
+    if not first or not second:  # not in safetensors; found out when they are loaded
+        return
+    different = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{base.name!r} and {tuned.name!r} do not have the same weights: {name!r} has shape {first.get(name)} in "
+            f"one and {second.get(name)} in the other. --landscape, --similarity and --wise_ft need models of one "
+            "architecture; embeddings that were resized for new tokens cannot be interpolated."
+        )
+
+
+def load_held_out(
+    spec: str,
+    tokenizer,
+    *,
+    column: str = "text",
+    split: str | None = None,
+    max_documents: int | None = None,
+    max_length: int = 1024,
+) -> tuple[str, HeldOutData]:
+    """The name and the tokens of the data that `spec` names.
+
+    Args:
+        spec (`str`): `[NAME=]PATH`, a file (.jsonl, .json, .csv, .parquet; .txt, where blank lines end documents) or a
+            folder, or `[NAME=]HUB/ID[:CONFIG][@REVISION]`.
+        split (`str`, *optional*): the split; test, validation or train, the first that there is, when omitted.
+        tokenizer, column, max_documents, max_length: see `HeldOutData.from_dataset`.
+
+    Raises:
+        ValueError: if there is no such data, split or column, or nothing in it.
+    """
+    need("datasets", "Held-out data")
+    name, place = named(spec)
+    # Of the hub's, a stream of some documents instead of all of a corpus.
+    streaming = max_documents is not None and not os.path.exists(place) and not data_files(place)
+    try:
+        data = HeldOutData.from_dataset(
+            open_split(place, split, streaming=streaming),
+            tokenizer,
+            column=column,
+            max_documents=max_documents,
+            max_length=max_length,
+        )
+    except ValueError as error:
+        raise ValueError(f"Data {place!r}: {error}") from error
+    return name, data

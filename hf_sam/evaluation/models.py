@@ -1,0 +1,79 @@
+"""The models of an evaluation: loaded when first asked for, in every variant that is measured, and let go."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+import torch
+
+from ..baselines.wise_ft import wise_ft
+from ..instruments.quantization import Quantized, is_rounding, load_source_quantized, quantized
+from ..runtime.distributed import default_device
+from ..runtime.models import ModelSource
+
+# A model, and what it was quantized to.
+Variant = tuple[torch.nn.Module, Quantized | None]
+
+
+class Models:
+    """Keeps models until they are let go.
+
+    Args:
+        dtype (`torch.dtype`): in which they are loaded.
+        device (`str`): where; "auto" spreads each over all devices; empty takes the device of this process.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: str):
+        self.dtype = dtype
+        self.device_map = "auto" if device == "auto" else {"": torch.device(device) if device else default_device()}
+        self._loaded: dict[str, torch.nn.Module] = {}
+
+    def get(self, source: ModelSource) -> torch.nn.Module:
+        """The model in full precision."""
+        if source.name not in self._loaded:
+            self._loaded[source.name] = source.load(self.dtype, self.device_map)
+        return self._loaded[source.name]
+
+    def on_host(self, source: ModelSource) -> torch.nn.Module:
+        """The model where it takes no memory of the device, for its weights alone."""
+        if self.device_map == {"": torch.device("cpu")}:
+            return self.get(source)
+        self._loaded.pop(source.name, None)
+        return source.load(self.dtype, "cpu")
+
+    @contextlib.contextmanager
+    def plain(self, source: ModelSource) -> Iterator[Variant]:
+        """The model as it is."""
+        yield self.get(source), None
+
+    @contextlib.contextmanager
+    def interpolated(self, base: ModelSource, source: ModelSource, alpha: float) -> Iterator[Variant]:
+        """Part of the way from the base to the model (Wise-FT)."""
+        with contextlib.closing(wise_ft(self.get(base), self.on_host(source), [alpha])) as sweep:
+            yield next(sweep)[1], None
+
+    @contextlib.contextmanager
+    def quantized(self, source: ModelSource, scheme: str) -> Iterator[Variant]:
+        """The model in few bits."""
+        if is_rounding(scheme):
+            self.release(but=source)
+            with quantized(self.get(source), scheme) as variant:
+                yield variant
+            return
+        self.release()
+        yield load_source_quantized(source, scheme, self.dtype, self.device_map)
+
+    @contextlib.contextmanager
+    def kept_inside(self) -> Iterator[None]:
+        """Inside, models that were loaded stay; afterwards all are let go."""
+        try:
+            yield
+        finally:
+            self.release()
+
+    def release(self, but: ModelSource | None = None) -> None:
+        """Let go of all models, or of all others."""
+        self._loaded = {name: model for name, model in self._loaded.items() if but is not None and name == but.name}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

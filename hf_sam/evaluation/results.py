@@ -1,0 +1,87 @@
+"""The record of an evaluation, read."""
+
+import json
+from pathlib import Path
+
+from ..instruments.benchmarks import BenchmarkResult
+from ..statistics.frontier import TunedRun
+from ..statistics.losses import HeldOutLoss
+
+
+class Results:
+    """The record of one evaluation.
+
+    Args:
+        record (`dict`): what `evaluate` returned, or `results.json` holds.
+    """
+
+    def __init__(self, record: dict):
+        self.record = record
+        self.name: str = record["name"]
+        self.models: list[str] = [model["name"] for model in record["models"]]
+        self.base, *self.tuned = self.models
+        self.old = [data["name"] for data in record["data"] if data["role"] == "old"]
+        self.tasks = [data["name"] for data in record["data"] if data["role"] == "task"]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Results":
+        """Those that an evaluation left in a folder.
+
+        Raises:
+            ValueError: if there are none, or they are not from this library.
+        """
+        path = Path(folder) / "results.json"
+        if not path.is_file():
+            raise ValueError(
+                f"There is no {str(path)!r}: `hf-sam evaluate --output {folder}` writes it when it is through."
+            )
+        try:
+            return cls(json.loads(path.read_text(encoding="utf-8")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is not the record of an evaluation: {error!r}.") from error
+
+    def find(self, part: str, model: str | None = None, variant: str = "", data: str | None = None) -> list[dict]:
+        """Records of a part, of one model and dataset or of all."""
+        return [
+            record
+            for record in self.record["parts"]
+            if record["part"] == part
+            and record["variant"] == variant
+            and model in (None, record["model"])
+            and data in (None, record["data"])
+        ]
+
+    def result(self, part: str, model: str) -> dict | None:
+        """Result of a part for a model; None if it could not be made."""
+        found = self.find(part, model)
+        return found[0]["result"] if found else None
+
+    def readable(self, model: str, data: str) -> bool:
+        """Whether the loss of a model was to be measured: the base cannot read tokens that fine-tuning added."""
+        return bool(self.find("loss", model, "", data))
+
+    def loss(self, model: str, data: str, variant: str = "") -> HeldOutLoss | None:
+        """Held-out loss of a model on a dataset; None if it could not be measured."""
+        found = [record["result"] for record in self.find("loss", model, variant, data)]
+        return HeldOutLoss.from_dict(found[0]) if found and found[0] is not None else None
+
+    def benchmarks(self, model: str, variant: str = "") -> dict[str, BenchmarkResult]:
+        """Benchmark results of a model by task; none if none were asked for, or could be made."""
+        found = self.find("benchmarks", model, variant)
+        if not found or found[0]["result"] is None:
+            return {}
+        return {
+            task: BenchmarkResult(**{k: v for k, v in values.items() if k != "standard_error"})
+            for task, values in found[0]["result"].items()
+        }
+
+    def sweep(self) -> list[TunedRun]:
+        """The tuned models as runs of a sweep, on the first old and the first task data; empty without the latter.
+
+        A model whose losses could not be measured, e.g. since its training diverged, is no point of the sweep.
+        """
+        before = self.loss(self.base, self.old[0])
+        if not self.tasks or before is None:
+            return []
+        losses = {name: (self.loss(name, self.old[0]), self.loss(name, self.tasks[0])) for name in self.tuned}
+        return [TunedRun(name, before, *pair) for name, pair in losses.items() if None not in pair]

@@ -1,0 +1,88 @@
+"""Results on disk, a file for each part, so that an interrupted evaluation goes on where it was.
+
+A part is known by a hash of everything that it depends on: weights, tokens, settings and versions of packages.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..runtime.disk import check_disk, write_json
+from ..runtime.distributed import checked_by_first, from_first, rank_and_world
+from ..runtime.errors import MeasurementError
+
+# What a large evaluation writes: results of some thousand documents, and plots.
+_SPACE = 64 << 20
+
+# What may keep a part from being measured, and leaves the others: a model that diverged, or too little memory.
+FAILURES = (MeasurementError, FloatingPointError, ValueError, MemoryError, torch.OutOfMemoryError)
+
+
+class PartStore:
+    """Computes parts once, and keeps them in a folder.
+
+    Args:
+        folder (`str` or `Path`): made if need be.
+        versions (`dict[str, str]`): of all packages that results depend on.
+
+    Raises:
+        OSError: if the folder cannot be written to, or its disk is full.
+    """
+
+    def __init__(self, folder: str | Path, versions: dict[str, str]):
+        self.versions = versions
+        self.folder = Path(folder) / "parts"
+        self.records: list[dict] = []
+        checked_by_first(self._prepare)
+
+    def _prepare(self) -> None:
+        check_disk(self.folder, _SPACE, f"an evaluation in {str(self.folder.parent)!r}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, about: dict, depends: dict) -> bool:
+        """Whether a part is there already."""
+        return from_first(self._read(about, depends) is not None)
+
+    def part(self, about: dict, depends: dict, compute: Callable[[], dict]) -> dict | None:
+        """The result of a part, computed unless it is there.
+
+        A measure that cannot be made leaves a record with its error, and the rest is measured nevertheless. It is not
+        written to disk, so that a later run tries again.
+
+        Args:
+            about (`dict`): what it is, for the report: `part`, `model`, `variant`, `data`.
+            depends (`dict`): what it depends on besides, for its hash.
+            compute (`Callable`): makes the result, for JSON; called on all processes or on none.
+        """
+        record = from_first(self._read(about, depends))
+        if record is None:
+            started = time.perf_counter()
+            try:
+                result = compute()
+            except FAILURES as error:
+                reason = str(error) or type(error).__name__
+                self.records.append({**about, "result": None, "error": reason})
+                return None
+            record = {**about, "result": result, "seconds": round(time.perf_counter() - started, 3)}
+            if rank_and_world()[0] == 0:
+                write_json(self._path(about, depends), record)
+                # As it will be read back: numbers that JSON cannot hold are None.
+                record = json.loads(self._path(about, depends).read_text(encoding="utf-8"))
+        self.records.append(record)
+        return record["result"]
+
+    def _path(self, about: dict, depends: dict) -> Path:
+        key = json.dumps([about, depends, self.versions], sort_keys=True)
+        label = "-".join(str(about[name]) for name in ("part", "model", "variant", "data") if about.get(name))
+        readable = "".join(c if c.isalnum() or c in "-." else "_" for c in label)[:80]
+        return self.folder / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+
+    def _read(self, about: dict, depends: dict) -> dict | None:
+        path = self._path(about, depends)
+        if rank_and_world()[0] != 0 or not path.exists():
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))

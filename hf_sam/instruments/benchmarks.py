@@ -1,0 +1,235 @@
+"""Benchmarks through EleutherAI's lm-evaluation-harness, by default the nine multiple-choice tasks of OLMES.
+
+The tasks and metrics are the harness's own: OLMES (arXiv 2406.08446) prescribes curated examples and the better of two
+formats, which the harness does not have, so figures are comparable with each other, not with published OLMES ones.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..runtime.distributed import from_first
+from ..runtime.errors import MeasurementError
+from ..runtime.packages import need
+from ..statistics.estimate import Estimate, interval, resampled_sums
+from .measuring import device_of, measuring
+
+OLMES_CORE_9 = (
+    "arc_challenge",
+    "arc_easy",
+    "boolq",
+    "commonsense_qa",
+    "hellaswag",
+    "openbookqa",
+    "piqa",
+    "social_iqa",
+    "winogrande",
+)
+
+# As in OLMES.
+FEW_SHOT = 5
+
+# What a task is judged by, the first one that it reports.
+_METRICS = ("acc_norm", "acc", "exact_match", "f1")
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Score of one task.
+
+    Attributes:
+        task (`str`): name in the harness.
+        metric (`str`): e.g. `"acc_norm"`; from 0 to 1, more is better.
+        scores (`dict[str, float]`): score of each example by its number in the task.
+        value (`float`): the harness's own aggregate of them.
+    """
+
+    task: str
+    metric: str
+    scores: dict[str, float]
+    value: float
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean over examples; nan for a single one."""
+        values = list(self.scores.values())
+        return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return {**vars(self), "standard_error": self.standard_error}
+
+
+def run_benchmarks(
+    model: torch.nn.Module,
+    tokenizer,
+    tasks: Sequence[str] = OLMES_CORE_9,
+    *,
+    num_fewshot: int | None = FEW_SHOT,
+    batch_size: int = 8,
+    limit: int | None = None,
+    include_path: str | Path | None = None,
+    seed: int = 1234,
+) -> dict[str, BenchmarkResult]:
+    """Run tasks of lm-evaluation-harness on a model in memory, quantized ones too.
+
+    Under several processes each runs all of it, since the harness shares out only models that it loads itself, and all
+    get the results of the first.
+
+    Args:
+        model (`torch.nn.Module`): a causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        tasks (`Sequence[str]`): names of tasks or groups; the OLMES core set when omitted.
+        num_fewshot (`int`, *optional*, defaults to 5): examples in the prompt; what the task says when `None`.
+        batch_size (`int`, defaults to 8): requests a batch.
+        limit (`int`, *optional*): use only the first examples of each task.
+        include_path (`str` or `Path`, *optional*): folder with task files of one's own, found before the harness's.
+        seed (`int`, defaults to 1234): seed of the choice of examples in the prompt.
+
+    Raises:
+        ImportError: if the harness is missing.
+        ValueError: for an unknown task, or one that reports no metric known here.
+    """
+    names = check_tasks(tasks, include_path)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with measuring(model) as inner:
+        wrapped = HFLM(
+            pretrained=inner,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            device=str(device_of(inner)),
+            dtype=None,
+        )
+        output = simple_evaluate(
+            model=wrapped,
+            tasks=names,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=_manager(*_where(tasks, include_path)),
+            bootstrap_iters=0,
+            log_samples=True,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    # The harness keeps its results to the first process of a machine.
+    results = from_first(None if output is None else _results(output))
+    if results is None:
+        raise MeasurementError("The harness returned no results: is LOCAL_RANK set in a run of one process?")
+    return results
+
+
+def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> list[str]:
+    """The names of the tasks, known to exist.
+
+    Raises:
+        ImportError: if the harness is missing.
+        ValueError: for an unknown task.
+    """
+    need("lm_eval", "Running benchmarks")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"There is no folder {str(include_path)!r} with task files.")
+    known = set(_manager(*_where(tasks, include_path)).all_tasks)
+    missing = [task for task in tasks if task not in known]
+    if missing or not tasks:
+        raise ValueError(
+            f"The harness has no task {', '.join(map(repr, missing))}. `lm-eval ls tasks` lists them; a folder with "
+            "task files of your own is given as include_path (on the command line: --task_folder)."
+        )
+    return list(tasks)
+
+
+def score_change(
+    before: BenchmarkResult,
+    after: BenchmarkResult,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Score after minus before, with the paired bootstrap interval over the examples of a task.
+
+    Raises:
+        ValueError: if the two were run on different examples.
+    """
+    if before.scores.keys() != after.scores.keys() or before.metric != after.metric:
+        raise ValueError(f"The two runs of {before.task!r} have different examples or metrics.")
+    change = np.asarray([after.scores[example] - value for example, value in before.scores.items()])
+    means = resampled_sums(change[:, None], resamples, seed)[:, 0] / len(change)
+    return interval(change.mean(), means, confidence, len(change))
+
+
+def load_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
+    """Fetch the data of the tasks, so that what is missing is told before the long work.
+
+    Raises:
+        ValueError: if the data of a task cannot be loaded, or it has no metric that is known here.
+    """
+    from lm_eval.tasks import get_task_dict
+
+    for task in tasks:
+        try:
+            loaded = _flat(get_task_dict([task], _manager(*_where(tasks, include_path))))
+        except Exception as error:  # of datasets, of the hub, of the task's own code
+            raise ValueError(
+                f"The data of the task {task!r} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+        for name, one in loaded.items():
+            if not set(one.aggregation()) & set(_METRICS):
+                raise ValueError(
+                    f"The task {name!r} is judged by {', '.join(one.aggregation())}, none of which is known here: "
+                    f"{', '.join(_METRICS)}."
+                )
+
+
+def _flat(tasks: dict) -> dict:
+    """Tasks by name, out of their groups."""
+    flat = {}
+    for name, task in tasks.items():
+        flat |= _flat(task) if isinstance(task, dict) else {name: task}
+    return flat
+
+
+def _where(tasks: Sequence[str], include_path: str | Path | None) -> tuple[str | None, bool]:
+    """The folder of own tasks, and whether the harness's are needed, which take seconds to index."""
+    folder = None if include_path is None else str(include_path)
+    return folder, folder is None or not set(tasks) <= set(_manager(folder, False).all_tasks)
+
+
+@functools.cache
+def _manager(folder: str | None, with_defaults: bool):
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder, include_defaults=with_defaults)
+
+
+def _results(output: dict) -> dict[str, BenchmarkResult]:
+    results = {task: _result(task, output) for task in output["samples"]}
+    # A group is scored by all examples of its tasks together.
+    for group, tasks in (output.get("group_subtasks") or {}).items():
+        parts = [results[task] for task in tasks if task in results]
+        if len({part.metric for part in parts}) == 1 and group not in results:
+            scores = {f"{part.task} {example}": score for part in parts for example, score in part.scores.items()}
+            results[group] = BenchmarkResult(group, parts[0].metric, scores, float(np.mean(list(scores.values()))))
+    return results
+
+
+def _result(task: str, output: dict) -> BenchmarkResult:
+    reported = {key.split(",")[0]: value for key, value in output["results"][task].items()}
+    for metric in _METRICS:
+        samples = output["samples"][task]
+        if metric in reported and all(metric in sample for sample in samples):
+            scores = {str(sample["doc_id"]): float(sample[metric]) for sample in samples}
+            return BenchmarkResult(task, metric, scores, float(reported[metric]))
+    raise ValueError(
+        f"The task {task!r} reports {', '.join(sorted(reported))}, none of which is known here: {_METRICS}."
+    )

@@ -1,0 +1,363 @@
+"""Held-out documents as batches that know which document each token belongs to.
+
+A measure sums over tokens, and reports by document; how documents are cut, padded, packed and spread over processes
+must not show in its result.
+"""
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..runtime.distributed import rank_and_world, share
+from ..runtime.labels import IGNORED
+from ..runtime.progress import progress
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is called with, and what it should have said.
+
+    Attributes:
+        inputs (`dict[str, torch.Tensor]`): arguments of the model's forward pass, without labels.
+        labels (`torch.Tensor`): shape `(rows, length)`; the token at each position if it counts, else -100. The
+            first token of a document never counts.
+        documents (`torch.Tensor`): shape `(rows, length)`; index of the document of each token.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    documents: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """A document, or a piece of one: the token `input_ids[i]` counts where `labels[i]` is not -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+    document: int
+
+
+class HeldOutData:
+    """Tokenized documents, cut into rows of at most `max_length` tokens.
+
+    Rows of one document overlap by one token, so that each token but the first of a document is predicted once.
+
+    Args:
+        rows (`Sequence[Mapping]`): `input_ids`, one document a row, and optionally `labels` (-100 where a token does
+            not count) and `attention_mask` (tokens with 0 are dropped). Packed rows with `seq_lengths` (TRL's) or with
+            `position_ids` that start again at 0 are taken apart into their documents.
+        max_length (`int`, *optional*): longest row; whole documents when omitted.
+        pad_token_id (`int`, defaults to 0): fills up shorter rows; the model does not attend to it.
+
+    Raises:
+        ValueError: if there are no rows, or no token to predict, or `input_ids` is missing.
+    """
+
+    def __init__(self, rows: Iterable, *, max_length: int | None = None, pad_token_id: int = 0):
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"max_length={max_length} leaves nothing to predict; it must be 2 or larger.")
+        self.pad_token_id = pad_token_id
+        self.rows: list[Row] = []
+        self.documents = 0
+        for row in rows:
+            if "input_ids" not in row:
+                raise ValueError(
+                    f"Held-out rows need a column 'input_ids', but have {sorted(row)}. Tokenize text with "
+                    "HeldOutData.from_dataset(dataset, tokenizer, column=...)."
+                )
+            for ids, labels in _unpacked(row, *_unpadded(row)):
+                self.rows.extend(_cut(ids, labels, max_length, self.documents))
+                self.documents += 1
+        if not self.documents:
+            raise ValueError("The held-out data is empty: check the split, and what filters it.")
+        if not self.rows:
+            raise ValueError(
+                f"None of the {self.documents} held-out documents has a token to predict: each is shorter than two "
+                "tokens, or all of its labels are -100."
+            )
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset,
+        tokenizer,
+        *,
+        column: str = "text",
+        max_length: int = 1024,
+        max_documents: int | None = None,
+    ) -> "HeldOutData":
+        """Tokenize a dataset, one document a row.
+
+        Args:
+            dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list`): rows with the text in `column`, or
+                with `prompt` and `completion` (only the completion counts), or with `messages` (the tokenizer's chat
+                template is applied; only the assistant counts if the template marks it); or a list of strings.
+            tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model.
+            column (`str`, defaults to `"text"`): name of the column of text, or `"messages"`, or `"completion"`.
+            max_length (`int`, defaults to 1024): longest row, in tokens; longer documents take several.
+            max_documents (`int`, *optional*): use only the first ones.
+
+        Raises:
+            ValueError: if the column is missing or not of the right type, or there is nothing in it.
+        """
+        rows = islice_rows(dataset, max_documents)
+        texts: list[Any] = [row if isinstance(row, str) else _field(row, column) for row in rows]
+        if column == "completion":
+            prompts = [_field(row, "prompt") for row in rows]
+            encoded = [_completion(tokenizer, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        elif column == "messages":
+            encoded = [_chat(tokenizer, messages) for messages in texts]
+        else:
+            for text in texts:
+                if not isinstance(text, str):
+                    raise ValueError(f"The column {column!r} must hold text, but holds {type(text).__name__}.")
+            encoded = _tokenized(tokenizer, texts)
+        pad = tokenizer.pad_token_id
+        return cls(encoded, max_length=max_length, pad_token_id=0 if pad is None else pad)
+
+    def first(self, documents: int) -> "HeldOutData":
+        """The first documents of this data."""
+        part = copy.copy(self)
+        part.rows = [row for row in self.rows if row.document < documents]
+        part.documents = min(documents, self.documents)
+        if not part.rows:
+            raise ValueError(f"The first {documents} held-out documents have no token to predict.")
+        return part
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens to predict."""
+        return sum(label != IGNORED for row in self.rows for label in row.labels)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest number of a token; the model must have more embeddings."""
+        return max(max(row.input_ids) for row in self.rows)
+
+    def fingerprint(self) -> str:
+        """Hash of all tokens and labels and how they are cut."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for numbers in (row.input_ids, row.labels, [row.document]):
+                digest.update(np.asarray(numbers, dtype=np.int64).tobytes() + b";")
+        return digest.hexdigest()[:16]
+
+    def batches(self, batch_size: int = 8, padding_side: str = "right") -> list["Batch"]:
+        """All rows in batches of similar length, the longest first, so that a lack of memory shows at once."""
+        order = sorted(range(len(self.rows)), key=lambda i: -len(self.rows[i].input_ids))
+        return [
+            self._padded([self.rows[i] for i in order[start : start + batch_size]], padding_side)
+            for start in range(0, len(order), batch_size)
+        ]
+
+    def _padded(self, rows: list[Row], side: str) -> Batch:
+        length = max(len(row.input_ids) for row in rows)
+
+        def stack(values: list[list[int]], fill: int) -> torch.Tensor:
+            fills = [[fill] * (length - len(value)) for value in values]
+            pairs = zip(values, fills, strict=True)
+            return torch.tensor([value + rest if side == "right" else rest + value for value, rest in pairs])
+
+        ids = stack([row.input_ids for row in rows], self.pad_token_id)
+        mask = stack([[1] * len(row.input_ids) for row in rows], 0)
+        return Batch(
+            inputs={"input_ids": ids, "attention_mask": mask},
+            labels=stack([row.labels for row in rows], IGNORED),
+            documents=torch.tensor([row.document for row in rows])[:, None].expand_as(ids),
+        )
+
+
+def batches_of(data, batch_size: int) -> "Iterable[Batch]":
+    """Batches of whatever a measure accepts as data; may be iterated over more than once.
+
+    Args:
+        data ([`HeldOutData`], `torch.utils.data.DataLoader`, or rows with `input_ids`): see `HeldOutData`. A
+            dataloader's batches need `input_ids`, and may have `labels`, `attention_mask`, and, if packed,
+            `position_ids` that start again at 0 with every document.
+        batch_size (`int`): rows a batch, for data that is not in batches.
+
+    Raises:
+        ValueError: for a dataloader that shuffles, or that accelerate prepared, whose ranks repeat rows to get even
+            batches.
+    """
+    if isinstance(data, HeldOutData):
+        return data.batches(batch_size)
+    if isinstance(data, list) and data and isinstance(data[0], Batch):
+        return data
+    if isinstance(data, torch.utils.data.DataLoader):
+        if type(data).__module__.startswith("accelerate."):
+            raise ValueError(
+                "A dataloader prepared by accelerate repeats rows where they do not divide evenly, which would count "
+                "them twice. Pass the dataloader itself: the measures share its batches out over the processes."
+            )
+        stream = isinstance(data.dataset, torch.utils.data.IterableDataset)
+        if not stream and type(data.sampler) is not torch.utils.data.SequentialSampler:
+            raise ValueError(
+                f"A dataloader with a {type(data.sampler).__name__} has its documents in another order each time, or "
+                "only a part of them, so that they cannot be compared or shared out over processes. Pass one with "
+                "shuffle=False and no sampler: the measures share its batches out themselves."
+            )
+        return _LoaderBatches(data)
+    return HeldOutData(data).batches(batch_size)
+
+
+def shared_batches(data, batch_size: int, description: str) -> Iterator[tuple[Batch, bool]]:
+    """The batches that this process computes, and whether they count, behind a progress bar: see `processes.share`."""
+    batches = batches_of(data, batch_size)
+    world = rank_and_world()[1]
+    try:
+        length = -(-len(batches) // world)
+    except TypeError:  # a dataloader over a stream
+        length = None
+    yield from progress(share(batches), description, length)
+
+
+class _LoaderBatches:
+    """A dataloader's batches as `Batch`es, with documents numbered in their order."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        count = 0
+        # A new iterator draws a seed for its workers from the random stream, which belongs to the caller.
+        generator = self.loader.generator
+        state = (torch.get_rng_state(), None if generator is None else generator.get_state())
+        iterator = iter(self.loader)
+        torch.set_rng_state(state[0])
+        if generator is not None:
+            generator.set_state(state[1])
+        for inputs in iterator:
+            batch = _from_loader(dict(inputs), first=count)
+            count = int(batch.documents.max()) + 1
+            yield batch
+
+
+def _from_loader(inputs: dict, first: int) -> Batch:
+    if "input_ids" not in inputs:
+        raise ValueError(f"Batches of the dataloader need 'input_ids', but have {sorted(inputs)}.")
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    labels = inputs.pop("labels", ids).masked_fill(~real, IGNORED)
+    starts = torch.zeros_like(real)
+    starts[torch.arange(len(ids)), real.int().argmax(dim=1)] = True  # also with padding on the left
+    if "position_ids" in inputs:
+        starts |= (inputs["position_ids"] == 0) & real
+        if real.all():
+            # transformers keeps packed documents apart by their positions, but only where no mask is given.
+            inputs.pop("attention_mask", None)
+    # Numbered over all rows in reading order; padding belongs to no document that counts.
+    documents = (starts.flatten().cumsum(0) - 1).reshape(ids.shape).clamp(min=0) + first
+    return Batch(inputs=inputs, labels=labels.masked_fill(starts, IGNORED), documents=documents)
+
+
+def model_inputs(model: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """The arguments of the forward pass on `device`, with positions that do not depend on the side of the padding."""
+    accepted = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.inputs.items()}
+    mask = inputs.get("attention_mask")
+    if mask is not None and "position_ids" not in inputs and ("position_ids" in accepted or anything):
+        inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def islice_rows(dataset, max_documents: int | None) -> Sequence:
+    """The first rows of a dataset, which is read as a stream if it is one.
+
+    Raises:
+        ValueError: for a stream without `max_documents`.
+    """
+    if not hasattr(dataset, "__len__"):
+        if max_documents is None:
+            raise ValueError("A streamed dataset needs max_documents: how many of its documents to measure on.")
+        return [row for row, _ in zip(dataset, range(max_documents), strict=False)]
+    count = len(dataset) if max_documents is None else min(max_documents, len(dataset))
+    return [dataset[i] for i in range(count)]
+
+
+def _field(row, column: str):
+    if column not in row:
+        raise ValueError(
+            f"The held-out data has no column {column!r}; its columns are {', '.join(map(repr, row))}. Name one with "
+            "column=... (on the command line: --data_column)."
+        )
+    return row[column]
+
+
+def _tokenized(tokenizer, texts: list[str]) -> list[dict]:
+    if not texts:
+        return []
+    # Tokenizers warn about rows that are longer than the model's context; here they are cut afterwards.
+    encoded = tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+    return [{"input_ids": ids} for ids in encoded]
+
+
+def _chat(tokenizer, messages) -> dict:
+    """One conversation; only what the assistant says counts, if the template marks it."""
+    if not tokenizer.chat_template:
+        raise ValueError("The tokenizer has no chat template to turn 'messages' into text with.")
+    marked = "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template
+    encoded = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked
+    )
+    if not marked:
+        return {"input_ids": encoded["input_ids"]}
+    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    return {"input_ids": encoded["input_ids"], "labels": [i if said else IGNORED for i, said in pairs]}
+
+
+def _completion(tokenizer, prompt: str, completion: str) -> dict:
+    prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
+    ids = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+        if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
+            prompt_ids = prompt_ids[:-1]
+    return {"input_ids": [*prompt_ids, *ids], "labels": [IGNORED] * len(prompt_ids) + ids}
+
+
+def _unpadded(row) -> tuple[list[int], list[int]]:
+    ids, labels, mask = (None if row.get(name) is None else np.asarray(row[name]) for name in _ROW)
+    labels = ids if labels is None else labels
+    if len(labels) != len(ids):
+        raise ValueError(f"A held-out row has {len(ids)} input_ids, but {len(labels)} labels.")
+    if mask is not None:
+        ids, labels = ids[mask.astype(bool)], labels[mask.astype(bool)]
+    return ids.tolist(), labels.tolist()
+
+
+def _unpacked(row, ids: list[int], labels: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """The documents of a row: those of a packed one are told by `seq_lengths` (TRL) or by `position_ids`."""
+    starts = [0]
+    if row.get("seq_lengths") is not None:
+        starts = [0, *np.cumsum(np.asarray(row["seq_lengths"])).tolist()[:-1]]
+    elif row.get("position_ids") is not None and row.get("attention_mask") is None:
+        starts = np.flatnonzero(np.asarray(row["position_ids"]) == 0).tolist() or [0]
+    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        yield ids[start:stop], labels[start:stop]
+
+
+_ROW = ("input_ids", "labels", "attention_mask")
+
+
+def _cut(ids: list[int], labels: list[int], max_length: int | None, document: int) -> Iterator[Row]:
+    step = max(1, len(ids) - 1) if max_length is None else max_length - 1
+    for start in range(0, max(1, len(ids) - 1), step):
+        piece = labels[start : start + step + 1]
+        counted = [IGNORED, *piece[1:]]  # the first token is the context of the second
+        if any(label != IGNORED for label in counted):
+            yield Row(ids[start : start + step + 1], counted, document)

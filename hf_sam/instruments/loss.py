@@ -1,0 +1,120 @@
+"""Held-out loss in nats per token, by document, and forgetting: how much it grew.
+
+The loss is the sum over all tokens divided by their number, whatever the batches, the padding and the processes; a mean
+of batch means would weigh tokens by the length of their neighbours.
+"""
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from ..runtime.distributed import largest, total
+from ..runtime.labels import IGNORED
+from ..statistics.losses import HeldOutLoss
+from .data import Batch, HeldOutData, batches_of, model_inputs, shared_batches
+from .measuring import device_of, logits_of, measuring
+
+# Logits are turned into fp32 (and for the KL divergence fp64) this many at a time.
+CHUNK_LOGITS = 1 << 25
+
+
+def held_out_loss(model: torch.nn.Module, data, *, batch_size: int = 8) -> HeldOutLoss:
+    """The loss of a causal language model on held-out documents.
+
+    Under several processes the batches are shared out, and all of them get the whole result.
+
+    Args:
+        model (`torch.nn.Module`): returns logits of shape `(rows, length, vocabulary)`; may be wrapped (DDP), sharded
+            (FSDP2, ZeRO) or quantized.
+        data ([`HeldOutData`], `torch.utils.data.DataLoader`, or rows with `input_ids`): what to measure on.
+        batch_size (`int`, defaults to 8): rows a batch, for data that is not in batches.
+
+    Raises:
+        ValueError: if the data holds no token to predict.
+        FloatingPointError: if the loss of a document is not a number.
+    """
+    with measuring(model) as inner, torch.no_grad():
+        losses = TokenSums()
+        for batch, counts in shared_batches(data, batch_size, "held-out loss"):
+            losses.add(batch, token_losses(inner, batch), counts)
+    result = HeldOutLoss(*losses.totals())
+    if not np.isfinite(result.document_losses).all():
+        broken = int(np.flatnonzero(~np.isfinite(result.document_losses))[0])
+        raise FloatingPointError(
+            f"The loss of document {broken} is {result.document_losses[broken]}: the model's logits are not finite."
+        )
+    return result
+
+
+class TokenSums:
+    """Sums of a number per token by document, over all processes."""
+
+    def __init__(self):
+        self._sums = np.zeros(0)
+        self._counts = np.zeros(0, dtype=np.int64)
+
+    def add(self, batch: Batch, values: torch.Tensor, counts: bool = True) -> None:
+        """Add one number for each counted token of a batch, in their order; `counts=False` adds nothing."""
+        self._reach(int(batch.documents.max()) + 1)
+        if counts:
+            documents = batch.documents[:, 1:][batch.labels[:, 1:] != IGNORED].cpu().numpy()
+            np.add.at(self._sums, documents, values.cpu().double().numpy())
+            np.add.at(self._counts, documents, 1)
+
+    def totals(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sums (fp64) and numbers of tokens by document.
+
+        Raises:
+            ValueError: if no token was counted.
+        """
+        self._reach(largest(len(self._sums)))
+        sums, counts = total(self._sums), total(self._counts)
+        if not counts.sum():
+            raise ValueError("The held-out data has no token to predict: check the split, and its labels.")
+        return sums, counts
+
+    def _reach(self, documents: int):
+        missing = max(0, documents - len(self._sums))
+        self._sums = np.pad(self._sums, (0, missing))
+        self._counts = np.pad(self._counts, (0, missing))
+
+
+def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Losses of the counted tokens of a batch in nats, fp32 (fp64 if the logits are), shape `(tokens,)`."""
+    logits, targets = counted_logits(model, batch)
+    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
+    pieces = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([cross_entropy(at_least_fp32(piece), target, reduction="none") for piece, target in pieces])
+
+
+def counted_logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the counted tokens, shape `(tokens, vocabulary)`, and the tokens themselves, shape `(tokens,)`."""
+    device = device_of(model)
+    logits = logits_of(model(**model_inputs(model, batch, device)))[:, :-1]
+    labels = batch.labels[:, 1:].to(logits.device)
+    counted = labels != IGNORED
+    return logits[counted], labels[counted]
+
+
+def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
+    """fp32, unless it is fp64 already."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Sum of the losses of a batch in nats, shape `()`, with its graph."""
+    return token_losses(model, batch).sum()
+
+
+def count_tokens(data, batch_size: int) -> int:
+    """Number of tokens that count, in all of the data.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if isinstance(data, HeldOutData):
+        return data.tokens
+    tokens = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches_of(data, batch_size))
+    if not tokens:
+        raise ValueError("The held-out data has no token to predict: check the split, and its labels.")
+    return tokens

@@ -1,0 +1,6 @@
+"""What a training run takes, computed without running it: budgets in tokens, memory of each device, time."""
+
+from .budget import accumulation_for, parse_tokens, steps_for
+from .plan import Plan, measure_model
+
+__all__ = ["Plan", "accumulation_for", "measure_model", "parse_tokens", "steps_for"]

@@ -1,0 +1,275 @@
+"""What the command line names: models and data, on the hub or on disk. Everything is checked before work begins."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .dataset_specs import named
+from .disk import check_disk
+from .distributed import checked_by_first, rank_and_world
+from .packages import need
+from .weight_files import check_finite, check_weights
+
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_CONFIGS = ("config.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this disk.
+
+    Attributes:
+        name (`str`): what the report calls it.
+        spec (`str`): as it was named.
+        folder (`Path`): where its files are.
+        base (`ModelSource` or `None`): for an adapter, the model that it belongs to.
+        fingerprint (`str`): hash of its weights, and of those of its base.
+    """
+
+    name: str
+    spec: str
+    folder: Path
+    base: "ModelSource | None"
+    fingerprint: str
+
+    def load(self, dtype: torch.dtype, device_map="cpu") -> torch.nn.Module:
+        """The model in evaluation mode, adapters merged into it.
+
+        Raises:
+            FloatingPointError: if a weight is not a finite number.
+        """
+        if self.base is None:
+            model = load_checked(self.folder, dtype=dtype, device_map=device_map)
+        else:
+            from peft import PeftModel
+
+            adapted = PeftModel.from_pretrained(self.base.load(dtype, device_map), self.folder)
+            model = adapted.merge_and_unload()
+        check_finite(model, self.name)
+        return model.eval()
+
+    def check_length(self, max_length: int) -> None:
+        """Raises ValueError if the model cannot take rows of that many tokens."""
+        if self.base is not None:
+            self.base.check_length(max_length)
+            return
+        config = AutoConfig.from_pretrained(self.folder).get_text_config()
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and max_length > longest:
+            raise ValueError(
+                f"{self.spec!r} takes {longest} tokens at most, but rows are up to {max_length} long: "
+                f"--max_length {longest}."
+            )
+
+    def vocabulary(self) -> int:
+        """Number of its embeddings."""
+        if self.base is not None:
+            return self.base.vocabulary()
+        return AutoConfig.from_pretrained(self.folder).get_text_config().vocab_size
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights in its safetensors files, of the base for an adapter; nothing is loaded."""
+        from safetensors import safe_open
+
+        shapes = {}
+        for path in sorted((self.base or self).folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return shapes
+
+    def check_space(self, dtype: torch.dtype) -> None:
+        """Raises OSError if the disk has no space for the merged copies that an adapter is quantized from."""
+        size = sum(math.prod(shape) for shape in self.shapes().values()) * dtype.itemsize * rank_and_world()[1]
+        check_disk(tempfile.gettempdir(), size, f"the merged copy of {self.spec!r} (set TMPDIR to another disk)")
+
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of its tokenizer."""
+        tokenizer = self.tokenizer()
+        content = json.dumps([tokenizer.get_vocab(), str(tokenizer.chat_template)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def tokenizer(self):
+        """Its tokenizer, or that of the model under the adapter.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        has_one = any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+        if not has_one and self.base is not None:
+            return self.base.tokenizer()
+        if not has_one:
+            raise ValueError(
+                f"{self.spec!r} has no tokenizer. Save one into its folder: tokenizer.save_pretrained(...)."
+            )
+        return AutoTokenizer.from_pretrained(self.folder)
+
+
+def find_model(spec: str) -> ModelSource:
+    """The model that `spec` names: `[NAME=]FOLDER`, or `[NAME=]HUB/ID[@REVISION]`, which is downloaded if need be.
+
+    Raises:
+        ValueError: if it does not exist, or has no such revision.
+        OSError: if it cannot be downloaded, or there is no disk space for it.
+    """
+    name, place = named(spec)
+    folder = Path(place) if os.path.isdir(place) else _download(place)
+    if (folder / "adapter_config.json").exists():
+        need("peft", f"The adapter {place!r}")
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        under = config.get("base_model_name_or_path") or ""
+        revision = config.get("revision")
+        try:
+            base = find_model(f"{under}@{revision}" if revision and not os.path.isdir(under) else under)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"The adapter {place!r} belongs to {under!r}, which was not found: {error}") from error
+    elif (folder / "config.json").exists():
+        base = None
+    else:
+        raise ValueError(f"{place!r} holds neither config.json nor adapter_config.json: it is not a model.")
+    check_weights(folder)
+    fingerprint = checked_by_first(lambda: _hash_of_files(folder))
+    if base is not None:
+        fingerprint = hashlib.sha256(f"{fingerprint} on {base.fingerprint}".encode()).hexdigest()[:16]
+    return ModelSource(name, place, folder, base, fingerprint)
+
+
+def check_model(place: str, revision: str | None = None, weights: bool = True) -> None:
+    """Check that a model that a command trains is there, without reading or downloading its weights.
+
+    Args:
+        place (`str`): a folder, or an id of the hub.
+        revision (`str`, *optional*): on the hub.
+        weights (`bool`, defaults to `True`): whether its weights are needed, too.
+
+    Raises:
+        ValueError: if it is not there, or a file of its weights is damaged.
+    """
+    if os.path.isdir(place):
+        if not any((Path(place) / name).exists() for name in _CONFIGS):
+            raise ValueError(f"{place!r} holds neither config.json nor adapter_config.json: it is not a model.")
+        if weights:
+            check_weights(Path(place))
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _hub_errors(place, place, revision):
+        try:
+            hf_hub_download(place, _CONFIGS[0], revision=revision)
+        except LocalEntryNotFoundError:  # which is an EntryNotFoundError, too: neither in the cache nor to be had
+            raise
+        except EntryNotFoundError:
+            hf_hub_download(place, _CONFIGS[1], revision=revision)
+
+
+def check_same_tokens(base, tuned, name: str) -> None:
+    """Raises ValueError if two tokenizers give the base's tokens different numbers.
+
+    Tokens that were added to the tuned one (chat markers, padding) do no harm.
+    """
+    known, other = base.get_vocab(), tuned.get_vocab()
+    different = [token for token, number in known.items() if other.get(token) != number]
+    if different:
+        raise ValueError(
+            f"The tokenizers of the base and of {name!r} differ: {len(different)} of {len(known)} tokens of the base, "
+            f"such as {different[0]!r}, have another number or none. Losses per token of the two cannot be compared."
+        )
+
+
+def load_checked(path: str | Path, **kwargs) -> torch.nn.Module:
+    """`AutoModelForCausalLM.from_pretrained`, but weights that the files lack are an error instead of random numbers.
+
+    Raises:
+        ValueError: if weights are missing, or have another shape than the config says.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    wrong = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
+    if wrong:
+        raise ValueError(
+            f"{str(path)!r} lacks {len(wrong)} of the weights of {type(model).__name__}, such as {wrong[0]!r}, or has "
+            "them in another shape. They would be random; check how the model was saved."
+        )
+    return model
+
+
+def _download(place: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+
+    repo, _, revision = place.partition("@")
+    with _hub_errors(place, repo, revision or None):
+        wanted = list(_WANTED)
+        if not HF_HUB_OFFLINE and (files := _files_on_hub(repo, revision or None)):
+            if not any(file.rfilename.endswith(".safetensors") for file in files):
+                wanted.append("*.bin")
+            cached = {path.name for path in Path(HF_HUB_CACHE).glob(f"models--{repo.replace('/', '--')}/blobs/*")}
+            top = [file for file in files if file.lfs and "/" not in file.rfilename]
+            weights = [file for file in top if any(fnmatch(file.rfilename, name) for name in wanted)]
+            missing = sum(file.size or 0 for file in weights if file.lfs.sha256 not in cached)
+            check_disk(HF_HUB_CACHE, missing, f"the download of {place!r} (set HF_HOME to another disk)")
+        ignored = ["*/*", "consolidated*"]  # the same weights in other forms, other checkpoints
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=ignored))
+
+
+@contextlib.contextmanager
+def _hub_errors(place: str, repo: str, revision: str | None) -> Iterator[None]:
+    """Says for errors of the hub what it is that does not exist, or cannot be reached."""
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if repo.count("/") > 1 or place.startswith((".", "~", "/")):
+        raise ValueError(f"There is no folder {place!r}.")
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise ValueError(f"The model {repo!r} has no revision {revision!r} on the hub.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"There is no folder {place!r}, and no model {repo!r} on the hub that you may read."
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(f"There is no folder {place!r}, and it is no id of the hub: {error}") from error
+    except LocalEntryNotFoundError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(
+            f"There is no folder {place!r}, and the model {repo!r}{at} is not in the local cache; the hub cannot be "
+            "reached, or HF_HUB_OFFLINE is set."
+        ) from error
+
+
+def _files_on_hub(repo: str, revision: str | None) -> list:
+    """What the repository holds; nothing if the hub cannot be reached, where the cache may still have it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception:  # no network, in the words of whichever library makes the connection
+        return []
+
+
+def _hash_of_files(folder: Path) -> str:
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("*_model*.bin")])
+    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+        raise ValueError(f"{str(folder)!r} holds no weights (*.safetensors).")
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,76 @@
+"""`--help` of everything that has one."""
+
+import argparse
+import ast
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_sam.commands import cli
+from hf_sam.commands.clm import make_parser
+from hf_sam.commands.evaluate import EvaluateParser
+from hf_sam.commands.launch import launcher_parser
+from hf_sam.commands.report import report_parser
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("hf_sam", "recipes", "benchmarks")
+PYTHON = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+SCRIPTS = [path for path in PYTHON if path.parent.name != "hf_sam" and "__main__" in path.read_text()]
+# Files that make parsers, and what makes them. Those of scripts and commands are run below as they are.
+MADE_IN = {
+    "hf_sam/cli.py": (lambda: cli._parser("sft"), cli._run_parser),
+    "hf_sam/clm.py": (make_parser,),
+    "hf_sam/launch.py": (launcher_parser,),
+    "hf_sam/commands/evaluate.py": (EvaluateParser, report_parser),
+    # A class for the parsers of other scripts, and one for those of the recipes.
+    "hf_sam/script.py": (),
+    "recipes/configuration.py": (),
+}
+
+
+def ended(capsys, run) -> str:
+    """What it printed before it ended without an error."""
+    with pytest.raises(SystemExit) as exit_status:
+        run()
+    captured = capsys.readouterr()
+    assert exit_status.value.code == 0, captured.err
+    return captured.out
+
+
+@pytest.mark.parametrize("command", cli._COMMANDS)
+def test_commands(capsys, command):
+    text = ended(capsys, lambda: cli.main([command, "--help"]))
+    assert text.startswith(f"usage: hf-sam {command}")
+    # All are in the help of `hf-sam` itself.
+    assert cli.main(["--help"]) == 0
+    assert re.search(rf"^  {command}\b", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts(capsys, monkeypatch, script):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(str(script.parent))
+    assert "usage: " in ended(capsys, lambda: runpy.run_path(str(script), run_name="__main__"))
+
+
+def test_no_parser_is_left_out():
+    """A file that makes a parser, or a class of parsers, is a script that is run above or is in the table."""
+    makers = set()
+    for path in PYTHON:
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = []
+            if isinstance(node, ast.Call):
+                named = [node.func]
+            elif isinstance(node, ast.ClassDef):
+                named = node.bases
+            names = [ast.unparse(name) for name in named]
+            if any(re.search(r"(Argument|Trl|Recipe|Evaluate|launch_command_)[pP]arser$", name) for name in names):
+                makers.add(path)
+    assert {str(path.relative_to(ROOT)) for path in makers - set(SCRIPTS)} <= MADE_IN.keys()
+    for make in (make for makes in MADE_IN.values() for make in makes):
+        parser = make()
+        assert isinstance(parser, argparse.ArgumentParser)
+        assert parser.format_help()

@@ -1,0 +1,141 @@
+"""Benchmarks through the harness, from local task files."""
+
+import json
+
+import pytest
+import torch
+from toy_evaluation import busy, sharp_olmo2, unchanged
+from toy_trl import tokenizer
+
+from hf_sam.instruments import OLMES_CORE_9, BenchmarkResult, quantized, run_benchmarks, score_change
+from hf_sam.instruments.benchmarks import check_tasks, load_tasks
+
+pytest.importorskip("lm_eval")
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/questions.jsonl
+    train: {folder}/shots.jsonl
+output_type: multiple_choice
+test_split: test
+fewshot_split: train
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    questions = [
+        {"question": f"w{i} w{i + 1}", "choices": [" w1", " w2", " w3", " w4"], "answer": i % 4} for i in range(40)
+    ]
+    for name, rows in (("questions", questions[:24]), ("shots", questions[24:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "toy.yaml").write_text(TASK.format(name="toy_choice", folder=folder))
+    return folder
+
+
+def predictions(model, folder) -> list[float]:
+    """Which questions the model gets right, without the harness: the choice with the largest probability."""
+    scores = []
+    for line in (folder / "questions.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ids = tokenizer()(row["question"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            last = model.eval()(ids).logits[0, -1]
+        choices = [tokenizer()(choice)["input_ids"][0] for choice in row["choices"]]
+        scores.append(float(last[choices].argmax() == row["answer"]))
+    return scores
+
+
+def test_scores_are_those_of_the_model(folder):
+    model = busy(sharp_olmo2())
+    with unchanged(model):
+        results = run_benchmarks(model, tokenizer(), ["toy_choice"], num_fewshot=0, include_path=folder)
+    result = results["toy_choice"]
+    expected = predictions(model, folder)
+    assert [result.scores[str(i)] for i in range(24)] == expected
+    assert result.value == pytest.approx(sum(expected) / 24)
+    assert result.metric == "acc"
+    assert 0 < result.value < 1
+    limited = run_benchmarks(model, tokenizer(), ["toy_choice"], num_fewshot=0, include_path=folder, limit=5)
+    assert limited["toy_choice"].scores == {str(i): expected[i] for i in range(5)}
+
+
+def test_quantized_models_can_be_scored_and_compared(folder):
+    model = sharp_olmo2()
+    before = run_benchmarks(model, tokenizer(), ["toy_choice"], include_path=folder)["toy_choice"]
+    with quantized(model, "nf4") as (small, _):
+        after = run_benchmarks(small, tokenizer(), ["toy_choice"], include_path=folder)["toy_choice"]
+    change = score_change(before, after)
+    assert change.value == pytest.approx(after.value - before.value)
+    assert change.low <= change.value <= change.high
+
+
+def test_change_pairs_the_examples():
+    scores = {str(i): float(i % 2) for i in range(100)}
+    before = BenchmarkResult("t", "acc", scores, 0.5)
+    change = score_change(before, BenchmarkResult("t", "acc", {**scores, "0": 1.0}, 0.51))
+    assert change.value == pytest.approx(0.01)
+    assert change.low >= 0
+    assert change.high < 0.05
+    assert before.standard_error == pytest.approx(0.0503, abs=1e-4)
+    with pytest.raises(ValueError, match="different examples"):
+        score_change(before, BenchmarkResult("t", "acc", {"0": 1.0}, 1.0))
+
+
+@pytest.mark.slow  # the harness takes a while to find its own tasks
+def test_the_default_tasks_exist_and_others_are_told_before(folder):
+    assert check_tasks(OLMES_CORE_9) == list(OLMES_CORE_9)
+    assert check_tasks(["toy_choice"], folder) == ["toy_choice"]
+    with pytest.raises(ValueError, match="no task 'toy_choice', 'arc_eazy'"):
+        check_tasks(["toy_choice", "arc_easy", "arc_eazy"])
+    with pytest.raises(ValueError, match="no folder 'not/there'"):
+        check_tasks(["arc_easy"], "not/there")
+
+
+def test_the_model_is_left_as_it_was(folder):
+    model, calls = busy(sharp_olmo2()), []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    model.lm_head.register_forward_hook(interrupt)
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        run_benchmarks(model, tokenizer(), ["toy_choice"], include_path=folder)
+
+
+def test_groups_are_scored_by_all_their_examples(folder, tmp_path):
+    (tmp_path / "toy.yaml").write_text(TASK.format(name="toy_choice", folder=folder))
+    (tmp_path / "other.yaml").write_text(TASK.format(name="other_choice", folder=folder))
+    (tmp_path / "group.yaml").write_text(
+        "group: toy_group\ntask:\n  - toy_choice\n  - other_choice\naggregate_metric_list:\n  - metric: acc\n"
+    )
+    results = run_benchmarks(sharp_olmo2(), tokenizer(), ["toy_group"], num_fewshot=0, include_path=tmp_path, limit=6)
+    assert set(results) == {"toy_choice", "other_choice", "toy_group"}
+    assert results["toy_group"].value == pytest.approx(
+        (results["toy_choice"].value + results["other_choice"].value) / 2
+    )
+    assert len(results["toy_group"].scores) == 12
+
+
+def test_tasks_that_cannot_be_judged_or_loaded_are_told_before(folder, tmp_path):
+    load_tasks(["toy_choice"], folder)
+    text = TASK.format(name="odd", folder=folder)
+    (tmp_path / "odd.yaml").write_text(text.replace("metric: acc", "metric: bleu"))
+    (tmp_path / "gone.yaml").write_text(TASK.format(name="gone", folder="/nowhere"))
+    with pytest.raises(ValueError, match="judged by bleu"):
+        load_tasks(["odd"], tmp_path)
+    with pytest.raises(ValueError, match="data of the task 'gone' cannot be loaded"):
+        load_tasks(["gone"], tmp_path)
