@@ -1,6 +1,7 @@
 """The layers of hf_sam: each package imports from those below it only, also inside functions."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,21 @@ def test_there_is_no_import_circle():
     while ready := [name for name in graph if name not in done and graph[name] <= done]:
         done |= set(ready)
     assert done == set(graph)
+
+
+def test_only_the_backends_and_the_plumbing_know_deepspeed_and_fsdp():
+    """Identifiers, attributes and imports of all other code; what a message says to a user may name them."""
+    found = []
+    for name, path in modules().items():
+        if name.startswith(("step.backends", "runtime")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            words = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "module")]
+            if any(
+                isinstance(w, str) and re.search(r"deepspeed|fsdp|dtensor|torch\.distributed", w.lower()) for w in words
+            ):
+                found.append(f"{name}:{getattr(node, 'lineno', 0)}")
+    assert not found
 
 
 def test_no_file_is_long():

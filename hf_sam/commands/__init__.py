@@ -1,1 +1,107 @@
-"""The command `hf-sam`, one module a sub-command."""
+"""The command `hf-sam`: one module a sub-command, each with `main(argv) -> exit status`.
+
+Nothing here imports torch or transformers: `hf-sam --help` answers at once, and a sub-command loads what it needs.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+
+from ..runtime.errors import UsageError, did_you_mean
+from .reporting import DEBUG, run_command
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command.
+
+    Attributes:
+        module (`str`): name of its module in this package.
+        usage (`str`): the command with its positional arguments.
+        help (`str`): what it does, for the list of commands; lines of at most 100 characters.
+        extra (`str` or `None`): the extra of hf-sam that it needs.
+        packages (`tuple[str, ...]`): packages of that extra without which it cannot start.
+        runs_a_script (`bool`): whether it runs a program of the user, whose errors keep their traceback.
+    """
+
+    module: str
+    usage: str
+    help: str
+    extra: str | None = None
+    packages: tuple[str, ...] = ()
+    runs_a_script: bool = False
+
+
+_SFT = ("trl", "datasets")
+_EVAL = ("datasets", "scipy", "matplotlib")
+
+COMMANDS = {
+    "sft": Command("sft", "sft", "supervised fine-tuning: TRL's `sft` script with SAM", "sft", _SFT),
+    "clm": Command("clm", "clm", "pretraining on plain text, from a checkpoint or from scratch", "sft", _SFT),
+    "run": Command(
+        "run",
+        "run SCRIPT",
+        "any training script, with SAM in the trainers that it names; SAM flags in front of SCRIPT are\n"
+        "defaults for scripts that do not parse flags (end a list or a switch with `--`)",
+        runs_a_script=True,
+    ),
+    "evaluate": Command(
+        "evaluate",
+        "evaluate",
+        "forgetting, quantization damage, sharpness and benchmarks of a base model and its fine-tuned models",
+        "eval",
+        _EVAL,
+    ),
+    "report": Command("report", "report DIR...", "compare evaluations; the first one is the reference", "eval", _EVAL),
+}
+
+_FOOTER = """\
+`hf-sam COMMAND --help` lists the flags of a command. Errors of the user are reported in one line;
+`hf-sam --debug COMMAND` (or HF_SAM_DEBUG=1) shows their traceback. To start `run` on several processes, use
+`accelerate launch -m hf_sam run SCRIPT ...` or `torchrun -m hf_sam run SCRIPT ...`.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (of the process when omitted).
+
+    Returns:
+        `int`: the exit status: 0, 1 if a measure failed, 2 after a mistake of the user, 130 after Ctrl-C, or what a
+        launched process returned.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--debug"]:
+        os.environ[DEBUG] = "1"  # for the processes that are launched, too
+        argv = argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        return run_command("hf-sam", lambda: _unknown_command(name))
+    command = COMMANDS[name]
+    return run_command(f"hf-sam {name}", lambda: _run(command, rest), hosts=not command.runs_a_script)
+
+
+def usage() -> str:
+    """The text of `hf-sam --help`."""
+    width = max(len(command.usage) for command in COMMANDS.values()) + 3
+    lines = ["usage: hf-sam COMMAND [flags]", "", "commands:"]
+    for command in COMMANDS.values():
+        text = command.help.replace("\n", "\n" + " " * (width + 2))
+        lines.append(f"  {command.usage:<{width}}{text}")
+    return "\n".join([*lines, "", _FOOTER.rstrip()])
+
+
+def _unknown_command(name: str) -> int:
+    near = did_you_mean(name, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+    raise UsageError(f"there is no command {name!r}{near}")
+
+
+def _run(command: Command, argv: list[str]) -> int:
+    missing = [name for name in command.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} is not installed. Install it: pip install 'hf-sam[{command.extra}]'.")
+    return importlib.import_module(f".{command.module}", __name__).main(argv)

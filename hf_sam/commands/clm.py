@@ -13,7 +13,10 @@ from trl import (
     get_quantization_config,
 )
 
+from ..runtime.errors import raising
 from ..sft import SAMSFTConfig, SAMSFTTrainer
+from .help import grouped
+from .launch import run_or_launch
 from .training_inputs import load_training_data, parse_arguments
 
 
@@ -37,12 +40,18 @@ class CLMConfig(SAMSFTConfig):
     )
 
 
-def make_parser(prog: str = "hf-sam clm") -> TrlParser:
-    """Parser of the command: TRL's arguments for data and model, and [`CLMConfig`]."""
-    return TrlParser((ScriptArguments, CLMConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+def make_parser() -> TrlParser:
+    """The parser of the command: TRL's arguments for data and model, and [`CLMConfig`]."""
+    classes = (ScriptArguments, CLMConfig, ModelConfig, DatasetMixtureConfig)
+    return raising(grouped(TrlParser(classes, prog="hf-sam clm")))
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """Train, here or in launched processes; returns the exit status."""
+    return run_or_launch("clm", make_parser(), argv, train)
+
+
+def train(argv: list[str]) -> int:
     """Train on the column `text` (or `--dataset_text_field`) of a dataset, and save.
 
     Args:
@@ -87,6 +96,7 @@ def main(argv: list[str]) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if hasattr(trainer, "end"):  # transformers 5.18
         trainer.end()
+    return 0
 
 
 def _random_model(args: CLMConfig, model_args: ModelConfig):

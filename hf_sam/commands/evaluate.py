@@ -1,4 +1,4 @@
-"""The commands `hf-sam evaluate` and `hf-sam report`."""
+"""`hf-sam evaluate`: measure what a base model lost, and write the record and the report."""
 
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ from ..report.pages import write_report
 from ..runtime.config import read_flags
 from ..runtime.distributed import join_processes, rank_and_world
 from ..runtime.errors import raising
+from .launch import run_or_launch
 
 
 class EvaluateParser(HfArgumentParser):
@@ -36,8 +37,13 @@ class EvaluateParser(HfArgumentParser):
         return rest
 
 
-def evaluate_main(argv: list[str]) -> int:
-    """Measure, and write the record and the reports.
+def main(argv: list[str]) -> int:
+    """Measure, here or in launched processes; returns the exit status."""
+    return run_or_launch("evaluate", EvaluateParser(), argv, measure)
+
+
+def measure(argv: list[str]) -> int:
+    """Measure in this process, and write the record and the reports.
 
     Returns:
         `int`: 0, or 1 if a measure failed: the others are there, and the report says which failed and why.

@@ -8,7 +8,7 @@ from ..report.pages import evaluation_report
 from ..runtime.errors import raising
 
 
-def report_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """The parser of `hf-sam report`."""
     parser = argparse.ArgumentParser(
         prog="hf-sam report", description="Compare evaluations, the first of which is the reference."
@@ -25,9 +25,9 @@ def report_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def report_main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Write the report of one evaluation again, or compare several; returns the exit status."""
-    arguments = raising(report_parser()).parse_args(argv)
+    arguments = raising(make_parser()).parse_args(argv)
     if len(arguments.folders) == 1:
         folder = arguments.folders[0]
         paths = evaluation_report(Results.read(folder)).write(arguments.output or folder)

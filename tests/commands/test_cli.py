@@ -11,7 +11,7 @@ import torch
 from toy import olmo2
 from toy_scripts import flags, same, saved, sft_flags
 
-from hf_sam.commands.cli import main
+from hf_sam.commands import main
 
 
 def test_clm_trains_from_a_checkpoint_and_from_scratch_with_a_config_file(files, tmp_path):

@@ -9,24 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from hf_sam.commands import cli
-from hf_sam.commands.clm import make_parser
+from hf_sam import commands
+from hf_sam.commands import clm, report, run, sft
 from hf_sam.commands.evaluate import EvaluateParser
 from hf_sam.commands.launch import launcher_parser
-from hf_sam.commands.report import report_parser
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("hf_sam", "recipes", "benchmarks")
 PYTHON = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-SCRIPTS = [path for path in PYTHON if path.parent.name != "hf_sam" and "__main__" in path.read_text()]
+SCRIPTS = [
+    path for path in PYTHON if path.name != "__main__.py" and 'if __name__ == "__main__":\n    ' in path.read_text()
+]
 # Files that make parsers, and what makes them. Those of scripts and commands are run below as they are.
 MADE_IN = {
-    "hf_sam/cli.py": (lambda: cli._parser("sft"), cli._run_parser),
-    "hf_sam/clm.py": (make_parser,),
-    "hf_sam/launch.py": (launcher_parser,),
-    "hf_sam/commands/evaluate.py": (EvaluateParser, report_parser),
+    "hf_sam/commands/sft.py": (sft.make_parser,),
+    "hf_sam/commands/clm.py": (clm.make_parser,),
+    "hf_sam/commands/run.py": (run.make_parser,),
+    "hf_sam/commands/launch.py": (launcher_parser,),
+    "hf_sam/commands/evaluate.py": (EvaluateParser,),
+    "hf_sam/commands/report.py": (report.make_parser,),
     # A class for the parsers of other scripts, and one for those of the recipes.
-    "hf_sam/script.py": (),
+    "hf_sam/commands/script.py": (),
     "recipes/configuration.py": (),
 }
 
@@ -40,12 +43,12 @@ def ended(capsys, run) -> str:
     return captured.out
 
 
-@pytest.mark.parametrize("command", cli._COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_commands(capsys, command):
-    text = ended(capsys, lambda: cli.main([command, "--help"]))
+    text = ended(capsys, lambda: commands.main([command, "--help"]))
     assert text.startswith(f"usage: hf-sam {command}")
     # All are in the help of `hf-sam` itself.
-    assert cli.main(["--help"]) == 0
+    assert commands.main(["--help"]) == 0
     assert re.search(rf"^  {command}\b", capsys.readouterr().out, re.MULTILINE)
 
 

@@ -17,7 +17,7 @@ import trl.scripts.sft
 from toy_scripts import flags, same, saved, sft_flags
 
 from hf_sam import SAMSFTConfig, SAMTrainingArguments
-from hf_sam.commands.cli import main
+from hf_sam.commands import main
 from hf_sam.commands.script import run_script
 
 ROOT = Path(__file__).parents[2]

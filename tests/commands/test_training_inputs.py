@@ -12,7 +12,7 @@ from toy_scripts import same, saved, sft_flags
 from toy_trl import rows
 
 from hf_sam import SAMSFTConfig
-from hf_sam.commands.cli import main
+from hf_sam.commands import main
 from hf_sam.commands.training_inputs import load_training_data
 
 KINDS = {"sft": "chat", "clm": "text"}

@@ -13,7 +13,7 @@ import torch
 from toy_evaluation import sharp_olmo2
 from toy_trl import rows, tokenizer
 
-from hf_sam.commands import cli
+from hf_sam import commands
 from hf_sam.evaluation import EvaluationArguments, Results, evaluate, models, run
 from hf_sam.instruments import HeldOutData, held_out_loss, hessian_spectrum, load_quantized, noise_kl
 from hf_sam.runtime.models import find_model
@@ -40,7 +40,7 @@ EVERYTHING = (
 @pytest.fixture(scope="module")
 def done(shelf, tmp_path_factory):
     output = tmp_path_factory.mktemp("evaluation") / "AdamW"
-    assert cli.main(command(shelf, output, *EVERYTHING)) == 0
+    assert commands.main(command(shelf, output, *EVERYTHING)) == 0
     return output
 
 
@@ -104,7 +104,7 @@ def test_a_second_run_computes_nothing(shelf, done, monkeypatch):
     before = (done / "report.md").read_text()
     monkeypatch.setattr(run.ModelSource, "load", fail)
     monkeypatch.setattr(models, "load_source_quantized", fail)
-    assert cli.main(command(shelf, done, *EVERYTHING)) == 0
+    assert commands.main(command(shelf, done, *EVERYTHING)) == 0
     after = (done / "report.md").read_text()
     assert before.splitlines()[4:] == after.splitlines()[4:]
 
@@ -167,7 +167,7 @@ def test_a_measure_that_fails_does_not_take_the_others_with_it(shelf, tmp_path, 
 
     monkeypatch.setattr(run, "hessian_spectrum", fail)
     flags = ("--sharpness", "hessian", "sam", "--sharpness_documents", "2")
-    assert cli.main(command(shelf, tmp_path, *flags, tuned=["tuned1"])) == 1
+    assert commands.main(command(shelf, tmp_path, *flags, tuned=["tuned1"])) == 1
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert "2 of 8 measures failed, first hessian of base: no eigenvalue was found" in line
     report = (tmp_path / "report.md").read_text()
@@ -175,12 +175,12 @@ def test_a_measure_that_fails_does_not_take_the_others_with_it(shelf, tmp_path, 
     assert "missing" in report
     monkeypatch.undo()
     # It is tried again next time.
-    assert cli.main(command(shelf, tmp_path, *flags, tuned=["tuned1"])) == 0
+    assert commands.main(command(shelf, tmp_path, *flags, tuned=["tuned1"])) == 0
     assert "missing" not in (tmp_path / "report.md").read_text()
 
 
 def test_adapters_are_evaluated_like_models(shelf, tmp_path):
-    assert cli.main(command(shelf, tmp_path, "--quantize", "nf4", tuned=["adapter"])) == 0
+    assert commands.main(command(shelf, tmp_path, "--quantize", "nf4", tuned=["adapter"])) == 0
     results = Results.read(tmp_path)
     assert results.loss("adapter", "old").loss != results.loss("base", "old").loss
     assert results.find("quantized", "adapter", "nf4")[0]["result"]["layers"] == 14
@@ -189,7 +189,7 @@ def test_adapters_are_evaluated_like_models(shelf, tmp_path):
 def test_flags_may_stand_in_a_file(shelf, tmp_path):
     config = {"base": str(shelf / "base"), "data": str(shelf / "old.jsonl"), "max_length": 64, "max_documents": 5}
     (tmp_path / "config.yaml").write_text(json.dumps({**config, "output": str(tmp_path / "out")}))
-    assert cli.main(["evaluate", "--config", str(tmp_path / "config.yaml"), "--max_documents", "7"]) == 0
+    assert commands.main(["evaluate", "--config", str(tmp_path / "config.yaml"), "--max_documents", "7"]) == 0
     assert Results.read(tmp_path / "out").record["data"][0]["documents"] == 7
 
 
@@ -240,11 +240,11 @@ def test_other_vocabularies_and_full_disks_are_told_before(shelf, tmp_path, monk
     path.write_text(json.dumps(content))
     argv = command(shelf, tmp_path / "out", tuned=["tuned1"])
     argv[argv.index(str(shelf / "tuned1"))] = str(tmp_path / "other")
-    assert cli.main(argv) == 2
+    assert commands.main(argv) == 2
     assert "tokenizers of the base and of 'other' differ: 2 of 64" in capsys.readouterr().err
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert cli.main(command(shelf, tmp_path / "out")) == 2
+    assert commands.main(command(shelf, tmp_path / "out")) == 2
     assert "No disk space: an evaluation in" in capsys.readouterr().err
 
 
@@ -291,7 +291,7 @@ def test_chats_with_new_tokens_are_measured_where_they_can_be_read(shelf, tmp_pa
     rows("chat").to_json(tmp_path / "chats.jsonl")
     settings = {"base": str(tmp_path / "base"), "tuned": [str(tmp_path / "chat")]}
     data = {"task_data": [str(tmp_path / "chats.jsonl")], "task_column": "messages", "output": str(tmp_path / "out")}
-    assert cli.main(_flags({**settings, "data": [str(shelf / "old.jsonl")], "max_length": 64, **data})) == 0
+    assert commands.main(_flags({**settings, "data": [str(shelf / "old.jsonl")], "max_length": 64, **data})) == 0
     results = Results.read(tmp_path / "out")
     expected = HeldOutData.from_dataset(rows("chat"), words, column="messages")
     assert results.loss("chat", "chats").loss == held_out_loss(model, expected).loss
@@ -308,11 +308,11 @@ def _flags(settings):
 
 def test_help_and_missing_packages(capsys, monkeypatch):
     with pytest.raises(SystemExit):
-        cli.main(["evaluate", "--help"])
+        commands.main(["evaluate", "--help"])
     assert "--quantize" in capsys.readouterr().out
-    real = cli.importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "scipy" else real(name))
-    assert cli.main(["evaluate", "--base", "x"]) == 2
+    real = commands.importlib.util.find_spec
+    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None if name == "scipy" else real(name))
+    assert commands.main(["evaluate", "--base", "x"]) == 2
     assert "pip install 'hf-sam[eval]'" in capsys.readouterr().err
 
 
@@ -320,7 +320,7 @@ def test_help_and_missing_packages(capsys, monkeypatch):
 def test_two_processes_measure_what_one_does(shelf, tmp_path):
     """`accelerate launch` underneath; each process computes half of the batches."""
     flags = ("--quantize", "nf4", "rtn3", "--wise_ft", "0.5", "--sharpness", "kl", "sam", "--similarity")
-    assert cli.main(command(shelf, tmp_path / "one", *flags, tuned=["tuned1"])) == 0
+    assert commands.main(command(shelf, tmp_path / "one", *flags, tuned=["tuned1"])) == 0
     launched = command(shelf, tmp_path / "two", *flags, "--multi_gpu", "--num_processes", "2", tuned=["tuned1"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

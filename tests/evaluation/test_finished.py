@@ -7,7 +7,7 @@ import pytest
 from toy_evaluation import sharp_olmo2
 from toy_trl import tokenizer
 
-from hf_sam.commands import cli
+from hf_sam import commands
 from hf_sam.evaluation import EvaluationArguments, Results, evaluate, run
 
 
@@ -92,11 +92,11 @@ def test_another_evaluation_is_refused_before_anything_is_measured(shelf, finish
 def test_the_command_tells_it_in_a_line_and_overwrite_replaces(shelf, folder, capsys):
     argv = ["--base", shelf / "base", "--data", shelf / "old.jsonl", "--max_length", "64", "--max_documents", "4"]
     argv = ["evaluate", *map(str, argv), "--output", str(folder)]
-    assert cli.main(argv) == 2
+    assert commands.main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"hf-sam evaluate: {str(folder)!r} holds another evaluation (its model 'tuned1' is left out")
     assert len(measured(folder)) == 8
-    assert cli.main([*argv, "--overwrite"]) == 0
+    assert commands.main([*argv, "--overwrite"]) == 0
     assert measured(folder) == {("loss", "base", "", "old")}
 
 
@@ -172,7 +172,7 @@ def test_a_diverged_model_does_not_take_the_results_of_others_with_it(shelf, div
         if value not in ("", [], False):
             values = value if isinstance(value, list) else [value]
             argv += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
-    assert cli.main(["evaluate", *argv]) == 1
+    assert commands.main(["evaluate", *argv]) == 1
     err = capsys.readouterr().err
     assert "measures failed, first loss of nan: The weights of 'nan' are not finite numbers, first in" in err
     assert "Traceback" not in err
@@ -194,7 +194,7 @@ def test_a_diverged_model_does_not_take_the_results_of_others_with_it(shelf, div
     # The sweep is that of the models which can be measured.
     results = Results.read(tmp_path / "out")
     assert [point.name for point in results.sweep()] == ["tuned1"]
-    assert cli.main(["report", str(tmp_path / "out")]) == 0
+    assert commands.main(["report", str(tmp_path / "out")]) == 0
 
 
 def test_comparisons_and_a_diverged_base(shelf, diverged, tmp_path):
@@ -205,9 +205,9 @@ def test_comparisons_and_a_diverged_base(shelf, diverged, tmp_path):
     assert Results(record).loss("tuned1", "old") is not None
     for order in (("good", "bad"), ("bad", "good")):
         folders = [str(tmp_path / name) for name in order]
-        assert cli.main(["report", *folders, "--budgets", "1", "2", "--output", str(tmp_path / "comparison")]) == 0
+        assert commands.main(["report", *folders, "--budgets", "1", "2", "--output", str(tmp_path / "comparison")]) == 0
         assert "missing" in (tmp_path / "comparison" / "report.md").read_text()
-    assert cli.main(["report", str(tmp_path / "bad")]) == 0
+    assert commands.main(["report", str(tmp_path / "bad")]) == 0
 
 
 def test_benchmarks_of_a_model_whose_losses_failed_are_not_run(shelf, diverged, tmp_path):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hf_sam.commands import cli
+from hf_sam import commands
 from hf_sam.evaluation import Results
 from hf_sam.report.comparison import comparison_report
 
@@ -154,16 +154,16 @@ def test_the_command(tmp_path, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(record(name)))
     folders = [str(tmp_path / name) for name in ("AdamW", "SAM")]
-    assert cli.main(["report", *folders, "--output", str(tmp_path / "out")]) == 0
+    assert commands.main(["report", *folders, "--output", str(tmp_path / "out")]) == 0
     assert "report.html" in capsys.readouterr().out
     assert (tmp_path / "out" / "frontier.png").exists()
-    assert cli.main(["report", folders[0]]) == 0
+    assert commands.main(["report", folders[0]]) == 0
     assert "Evaluation: AdamW" in (tmp_path / "AdamW" / "report.md").read_text()
 
 
 def test_folders_without_results(tmp_path, capsys):
-    assert cli.main(["report", str(tmp_path)]) == 2
+    assert commands.main(["report", str(tmp_path)]) == 2
     assert "hf-sam evaluate --output" in capsys.readouterr().err
     (tmp_path / "results.json").write_text('{"name": "x"}')
-    assert cli.main(["report", str(tmp_path)]) == 2
+    assert commands.main(["report", str(tmp_path)]) == 2
     assert "not the record of an evaluation" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from toy_scripts import sft_flags
 
-from hf_sam.commands import cli
+from hf_sam import commands
 from hf_sam.commands.reporting import run_command
 from hf_sam.runtime import host_messages
 
@@ -48,7 +48,7 @@ def test_a_recipe_begins_without_noise():
 def test_an_evaluation_in_8_bits_says_nothing_about_each_layer(shelf, tmp_path, capfd, recwarn):
     argv = ["--base", shelf / "base", "--tuned", shelf / "adapter", "--data", shelf / "old.jsonl", "--quantize", "int8"]
     argv += ["--max_length", "64", "--max_documents", "4", "--output", tmp_path]
-    assert cli.main(["evaluate", *map(str, argv)]) == 0
+    assert commands.main(["evaluate", *map(str, argv)]) == 0
     err = capfd.readouterr().err
     assert not [text for text in NOISE if text in err]
     assert not [warning for warning in recwarn if any(text in str(warning.message) for text in NOISE)]

@@ -8,7 +8,7 @@ import torch
 from toy_evaluation import sharp_olmo2
 from toy_trl import tokenizer
 
-from hf_sam.commands import cli
+from hf_sam import commands
 from hf_sam.runtime.models import check_model, find_model
 from hf_sam.runtime.weight_files import check_finite, check_weights
 
@@ -82,7 +82,7 @@ def test_hf_sam_evaluate_tells_it_before_anything_is_measured(shelf, tmp_path, c
     base = "tuned1" if broken == "base of the adapter" else "base"
     argv = ["--base", tmp_path / base, "--tuned", tmp_path / "tuned2", tmp_path / "adapter"]
     argv += ["--data", shelf / "old.jsonl", "--max_length", "64", "--output", tmp_path / "out"]
-    assert cli.main(["evaluate", *map(str, argv)]) == 2
+    assert commands.main(["evaluate", *map(str, argv)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path / file}' is damaged or was not written to its end" in line
     assert not list(tmp_path.glob("out/parts/*.json"))
