@@ -29,8 +29,15 @@ from hf_sam.commands.reporting import command
 from hf_sam.planning import Plan, accumulation_for, measure_model, parse_tokens
 from hf_sam.pretraining import Source
 from hf_sam.runtime.disk import check_disk
-from hf_sam.runtime.models import ModelSource, find_model
-from hf_sam.runtime.run_record import CheckpointRecord, decisive_settings, is_done, last_complete, mark_done, record
+from hf_sam.runtime.models import LocalModel, find_model
+from hf_sam.runtime.run_record import (
+    CheckpointRecord,
+    decisive_settings,
+    is_done,
+    last_complete,
+    mark_done,
+    write_settings,
+)
 
 
 @dataclass
@@ -101,7 +108,7 @@ def _run_arguments(argv: list[str], args: SAMSFTConfig, sweep: SweepArguments, r
     return make_parser().parse([*argv, *changed])[2]
 
 
-def _settings(args: SAMSFTConfig, data: SFTDataArguments, model_args: ModelConfig, source: ModelSource) -> dict:
+def _settings(args: SAMSFTConfig, data: SFTDataArguments, model_args: ModelConfig, source: LocalModel) -> dict:
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     sequences = args.per_device_train_batch_size * devices * args.gradient_accumulation_steps
     files = [Source(spec).files() for spec in (data.dataset, data.rehearsal_data) if spec]
@@ -112,7 +119,7 @@ def _train_all(
     rates: list[float],
     make: Callable[[float], SAMSFTConfig],
     data: SFTDataArguments,
-    source: ModelSource,
+    source: LocalModel,
     model_args: ModelConfig,
     keep: bool,
 ) -> None:
@@ -170,7 +177,7 @@ def _train(args: SAMSFTConfig, settings: dict, examples, tokenizer, folder: str,
         quantization_config=get_quantization_config(model_args),
     )
     trainer.add_callback(CheckpointRecord(args.world_size))
-    record(args, settings)
+    write_settings(args, settings)
     trainer.train(resume_from_checkpoint=last_complete(args.output_dir))
     trainer.save_model(args.output_dir)
     mark_done(trainer)

@@ -16,8 +16,8 @@ from ..instruments.displacement import floating_parameters
 from ..instruments.loss import counted_logits, token_losses
 from ..instruments.measuring import measuring
 from ..instruments.sharpness import check_precise, only_trainable
-from ..runtime.distributed import share, total_tensor
-from ..runtime.labels import IGNORED
+from ..runtime.distributed import all_reduce_sum, shard
+from ..runtime.labels import IGNORE_INDEX
 from ..runtime.progress import progress
 from ..runtime.sharding import check_whole
 from ..step.parameters import plain_name
@@ -64,14 +64,14 @@ def estimate_fisher(
         fisher = {name: torch.zeros_like(param) for name, param in params.items()}
         with only_trainable(inner, params):
             numbered = list(enumerate(rows))
-            for (number, row), counts in progress(share(numbered), "Fisher information"):
+            for (number, row), counts in progress(shard(numbered), "Fisher information"):
                 if counts:
                     losses = token_losses(inner, row) if labels == "data" else _sampled(inner, row, seed, number)
                     gradients = torch.autograd.grad(losses.mean(), list(params.values()), allow_unused=True)
                     for total, gradient in zip(fisher.values(), gradients, strict=True):
                         if gradient is not None:
                             total.addcmul_(gradient, gradient, value=1 / len(rows))
-        return {plain_name(name): total_tensor(value).cpu() for name, value in fisher.items()}
+        return {plain_name(name): all_reduce_sum(value).cpu() for name, value in fisher.items()}
 
 
 def _first(data, sequences: int | None) -> HeldOutData:
@@ -88,7 +88,7 @@ def _sampled(model, row: Batch, seed: int, number: int) -> torch.Tensor:
     logits, _ = counted_logits(model, row)
     generator = torch.Generator(device=logits.device).manual_seed((seed << 32) + number)
     drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
-    return torch.nn.functional.cross_entropy(logits.float(), drawn, ignore_index=IGNORED, reduction="none")
+    return torch.nn.functional.cross_entropy(logits.float(), drawn, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def save_fisher(fisher: dict[str, torch.Tensor], path: str | Path, **about: str) -> None:

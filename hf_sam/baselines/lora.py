@@ -17,9 +17,9 @@ def lora_config(rank: int = 16, **overrides):
     Raises:
         ImportError: if PEFT is missing.
     """
-    from ..runtime.packages import need
+    from ..runtime.packages import require
 
-    need("peft", "LoRA")
+    require("peft", "LoRA")
     from peft import LoraConfig
 
     settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -21,9 +21,9 @@ def with_rehearsal(new, old, share: float, *, seed: int = 0):
         ValueError: if the share is out of range, the columns differ, or there is not enough old data.
         TypeError: if one is a stream and the other is not.
     """
-    from ..runtime.packages import need
+    from ..runtime.packages import require
 
-    need("datasets", "Rehearsal")
+    require("datasets", "Rehearsal")
     from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
     if not 0 <= share < 1:

@@ -5,11 +5,11 @@ import os
 
 from ..instruments.data import HeldOutData
 from ..runtime.dataset_specs import data_files, named, open_split
-from ..runtime.models import ModelSource
-from ..runtime.packages import need
+from ..runtime.models import LocalModel
+from ..runtime.packages import require
 
 
-def with_distinct_names(sources: list[ModelSource]) -> list[ModelSource]:
+def with_distinct_names(sources: list[LocalModel]) -> list[LocalModel]:
     """The same sources; where two would have one name, they are called by what they were named as.
 
     Raises:
@@ -24,7 +24,7 @@ def with_distinct_names(sources: list[ModelSource]) -> list[ModelSource]:
     return sources
 
 
-def check_same_shapes(base: ModelSource, tuned: ModelSource) -> None:
+def check_same_shapes(base: LocalModel, tuned: LocalModel) -> None:
     """Raises ValueError if the weights of two models have other names or shapes: nothing is between them then."""
     first, second = base.shapes(), tuned.shapes()
     if not first or not second:  # not in safetensors; found out when they are loaded
@@ -59,7 +59,7 @@ def load_held_out(
     Raises:
         ValueError: if there is no such data, split or column, or nothing in it.
     """
-    need("datasets", "Held-out data")
+    require("datasets", "Held-out data")
     name, place = named(spec)
     # Of the hub's, a stream of some documents instead of all of a corpus.
     streaming = max_documents is not None and not os.path.exists(place) and not data_files(place)

@@ -9,7 +9,7 @@ import torch
 from ..baselines.wise_ft import wise_ft
 from ..instruments.quantization import Quantized, is_rounding, load_source_quantized, quantized
 from ..runtime.distributed import default_device
-from ..runtime.models import ModelSource
+from ..runtime.models import LocalModel
 
 # A model, and what it was quantized to.
 Variant = tuple[torch.nn.Module, Quantized | None]
@@ -28,13 +28,13 @@ class Models:
         self.device_map = "auto" if device == "auto" else {"": torch.device(device) if device else default_device()}
         self._loaded: dict[str, torch.nn.Module] = {}
 
-    def get(self, source: ModelSource) -> torch.nn.Module:
+    def get(self, source: LocalModel) -> torch.nn.Module:
         """The model in full precision."""
         if source.name not in self._loaded:
             self._loaded[source.name] = source.load(self.dtype, self.device_map)
         return self._loaded[source.name]
 
-    def on_host(self, source: ModelSource) -> torch.nn.Module:
+    def on_host(self, source: LocalModel) -> torch.nn.Module:
         """The model where it takes no memory of the device, for its weights alone."""
         if self.device_map == {"": torch.device("cpu")}:
             return self.get(source)
@@ -42,18 +42,18 @@ class Models:
         return source.load(self.dtype, "cpu")
 
     @contextlib.contextmanager
-    def plain(self, source: ModelSource) -> Iterator[Variant]:
+    def plain(self, source: LocalModel) -> Iterator[Variant]:
         """The model as it is."""
         yield self.get(source), None
 
     @contextlib.contextmanager
-    def interpolated(self, base: ModelSource, source: ModelSource, alpha: float) -> Iterator[Variant]:
+    def interpolated(self, base: LocalModel, source: LocalModel, alpha: float) -> Iterator[Variant]:
         """Part of the way from the base to the model (Wise-FT)."""
         with contextlib.closing(wise_ft(self.get(base), self.on_host(source), [alpha])) as sweep:
             yield next(sweep)[1], None
 
     @contextlib.contextmanager
-    def quantized(self, source: ModelSource, scheme: str) -> Iterator[Variant]:
+    def quantized(self, source: LocalModel, scheme: str) -> Iterator[Variant]:
         """The model in few bits."""
         if is_rounding(scheme):
             self.release(but=source)
@@ -71,7 +71,7 @@ class Models:
         finally:
             self.release()
 
-    def release(self, but: ModelSource | None = None) -> None:
+    def release(self, but: LocalModel | None = None) -> None:
         """Let go of all models, or of all others."""
         self._loaded = {name: model for name, model in self._loaded.items() if but is not None and name == but.name}
         gc.collect()

@@ -22,12 +22,12 @@ from ..instruments.quantization import is_rounding
 from ..instruments.sharpness import sam_sharpness
 from ..instruments.similarity import representation_similarity, weight_distance
 from ..runtime.disk import write_json
-from ..runtime.distributed import checked_by_first, rank_and_world
+from ..runtime.distributed import compute_on_first, rank_and_world
 from ..runtime.environment import environment, versions
 from ..runtime.errors import MeasurementError
-from ..runtime.fingerprint import hash_of_folder
-from ..runtime.models import ModelSource, check_same_tokens, find_model
-from ..runtime.packages import need
+from ..runtime.fingerprint import fingerprint_of_folder
+from ..runtime.models import LocalModel, check_same_tokens, find_model
+from ..runtime.packages import require
 from ..runtime.progress import titled
 from .finished import check_same_evaluation
 from .inputs import check_same_shapes, load_held_out, with_distinct_names
@@ -80,13 +80,13 @@ class Evaluation:
                 "tasks": settings.tasks,
                 "shots": settings.num_fewshot,
                 "limit": settings.benchmark_limit,
-                "folder": hash_of_folder(settings.task_folder),
+                "folder": fingerprint_of_folder(settings.task_folder),
                 "tokenizer": self.base.tokenizer_fingerprint(),
                 "seed": settings.seed,
             }
         self._tasks_loaded = False
         if not settings.overwrite:
-            checked_by_first(lambda: check_same_evaluation(settings.output, self.record()))
+            compute_on_first(lambda: check_same_evaluation(settings.output, self.record()))
 
     def _check_models(self):
         settings = self.settings
@@ -114,11 +114,11 @@ class Evaluation:
             raise ValueError("--device auto spreads each model over all devices; start one process.")
 
     def _check_packages(self):
-        need("datasets", "An evaluation")
-        need("scipy", "An evaluation")
-        need("matplotlib", "The report of an evaluation")
+        require("datasets", "An evaluation")
+        require("scipy", "An evaluation")
+        require("matplotlib", "The report of an evaluation")
         if not all(map(is_rounding, self.settings.quantize)):
-            need("bitsandbytes", "--quantize")
+            require("bitsandbytes", "--quantize")
 
     def _load(self, specs: list[str], column: str, tokenizer) -> dict[str, HeldOutData]:
         settings = self.settings
@@ -148,7 +148,7 @@ class Evaluation:
             write_json(Path(self.settings.output) / "results.json", record)
         return record
 
-    def _measure(self, source: ModelSource):
+    def _measure(self, source: LocalModel):
         settings = self.settings
         about = {"model": source.name}
         with self.models.kept_inside():
@@ -174,7 +174,7 @@ class Evaluation:
                 opened = functools.partial(self.models.quantized, source, scheme)
                 self._losses_and_benchmarks(about, source, scheme, {}, opened)
 
-    def _losses_and_benchmarks(self, about: dict, source: ModelSource, variant: str, extra: dict, opened: Callable):
+    def _losses_and_benchmarks(self, about: dict, source: LocalModel, variant: str, extra: dict, opened: Callable):
         """Held-out losses and benchmarks of one variant of a model; `opened()` is the context to measure it in."""
         settings = self.settings
         about = {**about, "variant": variant}
@@ -227,7 +227,7 @@ class Evaluation:
         )
         return {task: result.to_dict() for task, result in results.items()}
 
-    def _sharpness(self, about: dict, source: ModelSource, kind: str):
+    def _sharpness(self, about: dict, source: LocalModel, kind: str):
         settings = self.settings
         depends = {**_weights(source), **_documents(self.sharpness_data), "seed": settings.seed}
         common = {"batch_size": settings.batch_size}
@@ -246,7 +246,7 @@ class Evaluation:
             [(source.name, "")],
         )
 
-    def _compared_with_base(self, about: dict, source: ModelSource):
+    def _compared_with_base(self, about: dict, source: LocalModel):
         settings = self.settings
         depends = {**_weights(source), "base": self.base.fingerprint, **_documents(self.sharpness_data)}
         common = {"batch_size": settings.batch_size}
@@ -263,7 +263,7 @@ class Evaluation:
         if settings.similarity:
             self._part({"part": "similarity", **about}, depends, lambda: self._similarity(source), both)
 
-    def _similarity(self, source: ModelSource) -> dict:
+    def _similarity(self, source: LocalModel) -> dict:
         base, tuned = self.models.get(self.base), self.models.get(source)
         hidden = representation_similarity(base, tuned, self.sharpness_data, batch_size=self.settings.batch_size)
         return {**hidden.to_dict(), "weights": [vars(layer) for layer in weight_distance(base, tuned)]}
@@ -335,7 +335,7 @@ def _raise(error: BaseException) -> dict:
     raise error
 
 
-def _weights(source: ModelSource) -> dict:
+def _weights(source: LocalModel) -> dict:
     return {"weights": source.fingerprint}
 
 

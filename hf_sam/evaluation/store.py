@@ -3,7 +3,6 @@
 A part is known by a hash of everything that it depends on: weights, tokens, settings and versions of packages.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -12,8 +11,9 @@ from pathlib import Path
 import torch
 
 from ..runtime.disk import check_disk, write_json
-from ..runtime.distributed import checked_by_first, from_first, rank_and_world
+from ..runtime.distributed import broadcast, compute_on_first, rank_and_world
 from ..runtime.errors import MeasurementError
+from ..runtime.fingerprint import fingerprint
 
 # What a large evaluation writes: results of some thousand documents, and plots.
 _SPACE = 64 << 20
@@ -37,7 +37,7 @@ class PartStore:
         self.versions = versions
         self.folder = Path(folder) / "parts"
         self.records: list[dict] = []
-        checked_by_first(self._prepare)
+        compute_on_first(self._prepare)
 
     def _prepare(self) -> None:
         check_disk(self.folder, _SPACE, f"an evaluation in {str(self.folder.parent)!r}")
@@ -45,7 +45,7 @@ class PartStore:
 
     def has(self, about: dict, depends: dict) -> bool:
         """Whether a part is there already."""
-        return from_first(self._read(about, depends) is not None)
+        return broadcast(self._read(about, depends) is not None)
 
     def part(self, about: dict, depends: dict, compute: Callable[[], dict]) -> dict | None:
         """The result of a part, computed unless it is there.
@@ -58,7 +58,7 @@ class PartStore:
             depends (`dict`): what it depends on besides, for its hash.
             compute (`Callable`): makes the result, for JSON; called on all processes or on none.
         """
-        record = from_first(self._read(about, depends))
+        record = broadcast(self._read(about, depends))
         if record is None:
             started = time.perf_counter()
             try:
@@ -76,10 +76,9 @@ class PartStore:
         return record["result"]
 
     def _path(self, about: dict, depends: dict) -> Path:
-        key = json.dumps([about, depends, self.versions], sort_keys=True)
         label = "-".join(str(about[name]) for name in ("part", "model", "variant", "data") if about.get(name))
         readable = "".join(c if c.isalnum() or c in "-." else "_" for c in label)[:80]
-        return self.folder / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+        return self.folder / f"{readable}-{fingerprint([about, depends, self.versions])}.json"
 
     def _read(self, about: dict, depends: dict) -> dict | None:
         path = self._path(about, depends)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..runtime.distributed import from_first
+from ..runtime.distributed import broadcast
 from ..runtime.errors import MeasurementError
-from ..runtime.packages import need
+from ..runtime.packages import require
 from ..statistics.estimate import Estimate, interval, resampled_sums
 from .measuring import device_of, measuring
 
@@ -122,7 +122,7 @@ def run_benchmarks(
             fewshot_random_seed=seed,
         )
     # The harness keeps its results to the first process of a machine.
-    results = from_first(None if output is None else _results(output))
+    results = broadcast(None if output is None else _results(output))
     if results is None:
         raise MeasurementError("The harness returned no results: is LOCAL_RANK set in a run of one process?")
     return results
@@ -135,7 +135,7 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) ->
         ImportError: if the harness is missing.
         ValueError: for an unknown task.
     """
-    need("lm_eval", "Running benchmarks")
+    require("lm_eval", "Running benchmarks")
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"There is no folder {str(include_path)!r} with task files.")
     known = set(_manager(*_where(tasks, include_path)).all_tasks)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..runtime.distributed import rank_and_world, share
-from ..runtime.labels import IGNORED
+from ..runtime.distributed import rank_and_world, shard
+from ..runtime.labels import IGNORE_INDEX
 from ..runtime.progress import progress
 
 
@@ -134,7 +134,7 @@ class HeldOutData:
     @property
     def tokens(self) -> int:
         """Number of tokens to predict."""
-        return sum(label != IGNORED for row in self.rows for label in row.labels)
+        return sum(label != IGNORE_INDEX for row in self.rows for label in row.labels)
 
     @property
     def largest_token(self) -> int:
@@ -169,7 +169,7 @@ class HeldOutData:
         mask = stack([[1] * len(row.input_ids) for row in rows], 0)
         return Batch(
             inputs={"input_ids": ids, "attention_mask": mask},
-            labels=stack([row.labels for row in rows], IGNORED),
+            labels=stack([row.labels for row in rows], IGNORE_INDEX),
             documents=torch.tensor([row.document for row in rows])[:, None].expand_as(ids),
         )
 
@@ -216,7 +216,7 @@ def shared_batches(data, batch_size: int, description: str) -> Iterator[tuple[Ba
         length = -(-len(batches) // world)
     except TypeError:  # a dataloader over a stream
         length = None
-    yield from progress(share(batches), description, length)
+    yield from progress(shard(batches), description, length)
 
 
 class _LoaderBatches:
@@ -249,7 +249,7 @@ def _from_loader(inputs: dict, first: int) -> Batch:
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    labels = inputs.pop("labels", ids).masked_fill(~real, IGNORED)
+    labels = inputs.pop("labels", ids).masked_fill(~real, IGNORE_INDEX)
     starts = torch.zeros_like(real)
     starts[torch.arange(len(ids)), real.int().argmax(dim=1)] = True  # also with padding on the left
     if "position_ids" in inputs:
@@ -259,7 +259,7 @@ def _from_loader(inputs: dict, first: int) -> Batch:
             inputs.pop("attention_mask", None)
     # Numbered over all rows in reading order; padding belongs to no document that counts.
     documents = (starts.flatten().cumsum(0) - 1).reshape(ids.shape).clamp(min=0) + first
-    return Batch(inputs=inputs, labels=labels.masked_fill(starts, IGNORED), documents=documents)
+    return Batch(inputs=inputs, labels=labels.masked_fill(starts, IGNORE_INDEX), documents=documents)
 
 
 def model_inputs(model: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
@@ -317,7 +317,7 @@ def _chat(tokenizer, messages) -> dict:
     if not marked:
         return {"input_ids": encoded["input_ids"]}
     pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    return {"input_ids": encoded["input_ids"], "labels": [i if said else IGNORED for i, said in pairs]}
+    return {"input_ids": encoded["input_ids"], "labels": [i if said else IGNORE_INDEX for i, said in pairs]}
 
 
 def _completion(tokenizer, prompt: str, completion: str) -> dict:
@@ -327,7 +327,7 @@ def _completion(tokenizer, prompt: str, completion: str) -> dict:
         ids = [*ids, tokenizer.eos_token_id]
         if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
             prompt_ids = prompt_ids[:-1]
-    return {"input_ids": [*prompt_ids, *ids], "labels": [IGNORED] * len(prompt_ids) + ids}
+    return {"input_ids": [*prompt_ids, *ids], "labels": [IGNORE_INDEX] * len(prompt_ids) + ids}
 
 
 def _unpadded(row) -> tuple[list[int], list[int]]:
@@ -358,6 +358,6 @@ def _cut(ids: list[int], labels: list[int], max_length: int | None, document: in
     step = max(1, len(ids) - 1) if max_length is None else max_length - 1
     for start in range(0, max(1, len(ids) - 1), step):
         piece = labels[start : start + step + 1]
-        counted = [IGNORED, *piece[1:]]  # the first token is the context of the second
-        if any(label != IGNORED for label in counted):
+        counted = [IGNORE_INDEX, *piece[1:]]  # the first token is the context of the second
+        if any(label != IGNORE_INDEX for label in counted):
             yield Row(ids[start : start + step + 1], counted, document)

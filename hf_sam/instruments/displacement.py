@@ -3,13 +3,13 @@
 One copy of the moved weights is kept, however many displacements are tried, and copied back into the same storage.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from ..runtime.fingerprint import seed_of
 from ..runtime.sharding import check_at_hand, compute_dtype, local_piece, piece_of, reshard
 
 # Noise is drawn this many numbers at a time, so that it takes no memory to speak of.
@@ -154,8 +154,7 @@ class GaussianNoise:
 
     def chunks(self, name: str, device: torch.device, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """The noise of one whole weight tensor in reading order, as flat pieces of at most `_CHUNK` numbers."""
-        key = hashlib.sha256(f"hf-sam noise {self.seed} {name}".encode()).digest()
-        generator = torch.Generator(device=device).manual_seed(int.from_bytes(key[:7], "big"))
+        generator = torch.Generator(device=device).manual_seed(seed_of(f"hf-sam noise {self.seed} {name}"))
         left, deviation = self.params[name].numel(), self.deviation(name)
         while left:
             count = min(left, _CHUNK)

@@ -14,9 +14,9 @@ import numpy as np
 import psutil
 import torch
 
-from ..runtime.distributed import largest, rank_and_world, total_tensor
+from ..runtime.distributed import all_reduce_max, all_reduce_sum, rank_and_world
 from ..runtime.errors import MeasurementError
-from ..runtime.packages import need
+from ..runtime.packages import require
 from ..runtime.progress import progress
 from ..runtime.sharding import check_whole
 from .data import batches_of, shared_batches
@@ -113,7 +113,7 @@ class Hessian:
                     [g for g, _ in along], params, [v for _, v in along], materialize_grads=True
                 )
                 result += torch.cat([product.flatten() for product in products])
-        return total_tensor(result)
+        return all_reduce_sum(result)
 
     def gradient(self) -> torch.Tensor:
         """The gradient of the loss per token, shape `(size,)`."""
@@ -123,7 +123,7 @@ class Hessian:
             if counts:
                 loss = summed_loss(self._inner, batch) / self._tokens
                 result += torch.cat([g.flatten() for g in torch.autograd.grad(loss, params, materialize_grads=True)])
-        return total_tensor(result)
+        return all_reduce_sum(result)
 
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """A vector in the shapes of the parameters."""
@@ -182,7 +182,7 @@ def _top(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[np.
     basis = min(hessian.size, max(2 * count + 1, 20))
     if not _fits(hessian.size * kind.itemsize * (basis + count + 3)) or hessian.size > _LARGEST:
         return _power(hessian, count, tolerance, seed)
-    need("scipy", "Finding Hessian eigenvalues")
+    require("scipy", "Finding Hessian eigenvalues")
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     start = np.random.default_rng(seed).standard_normal(hessian.size).astype(kind)
@@ -270,4 +270,4 @@ def _power(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[n
 def _fits(needed: int) -> bool:
     """Whether the host has that much memory for each process; the same answer on all."""
     needed *= rank_and_world()[1]  # most often on one host
-    return not largest(int(needed > psutil.virtual_memory().available))
+    return not all_reduce_max(int(needed > psutil.virtual_memory().available))

@@ -23,7 +23,7 @@ from .displacement import (
 from .hessian import Hessian
 from .loss import held_out_loss
 from .measuring import measuring
-from .noise import hash_of
+from .noise import sample_seed
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def loss_on_random_plane(
     with measuring(model) as inner:
         params = floating_parameters(inner, None, "The loss along random directions")
         check_whole(params, "The loss along random directions")
-        noises = [GaussianNoise(params, 1.0, hash_of(seed, axis)) for axis in (0, 1)]
+        noises = [GaussianNoise(params, 1.0, sample_seed(seed, axis)) for axis in (0, 1)]
         axis = tuple(float(value) for value in np.linspace(-radius, radius, steps))
         transposed = transposed_weights(inner)
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..runtime.distributed import largest, total
-from ..runtime.labels import IGNORED
+from ..runtime.distributed import all_reduce_max, all_reduce_sum_array
+from ..runtime.labels import IGNORE_INDEX
 from ..statistics.losses import HeldOutLoss
 from .data import Batch, HeldOutData, batches_of, model_inputs, shared_batches
 from .measuring import device_of, logits_of, measuring
@@ -57,7 +57,7 @@ class TokenSums:
         """Add one number for each counted token of a batch, in their order; `counts=False` adds nothing."""
         self._reach(int(batch.documents.max()) + 1)
         if counts:
-            documents = batch.documents[:, 1:][batch.labels[:, 1:] != IGNORED].cpu().numpy()
+            documents = batch.documents[:, 1:][batch.labels[:, 1:] != IGNORE_INDEX].cpu().numpy()
             np.add.at(self._sums, documents, values.cpu().double().numpy())
             np.add.at(self._counts, documents, 1)
 
@@ -67,8 +67,8 @@ class TokenSums:
         Raises:
             ValueError: if no token was counted.
         """
-        self._reach(largest(len(self._sums)))
-        sums, counts = total(self._sums), total(self._counts)
+        self._reach(all_reduce_max(len(self._sums)))
+        sums, counts = all_reduce_sum_array(self._sums), all_reduce_sum_array(self._counts)
         if not counts.sum():
             raise ValueError("The held-out data has no token to predict: check the split, and its labels.")
         return sums, counts
@@ -92,7 +92,7 @@ def counted_logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, 
     device = device_of(model)
     logits = logits_of(model(**model_inputs(model, batch, device)))[:, :-1]
     labels = batch.labels[:, 1:].to(logits.device)
-    counted = labels != IGNORED
+    counted = labels != IGNORE_INDEX
     return logits[counted], labels[counted]
 
 
@@ -114,7 +114,7 @@ def count_tokens(data, batch_size: int) -> int:
     """
     if isinstance(data, HeldOutData):
         return data.tokens
-    tokens = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches_of(data, batch_size))
+    tokens = sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches_of(data, batch_size))
     if not tokens:
         raise ValueError("The held-out data has no token to predict: check the split, and its labels.")
     return tokens

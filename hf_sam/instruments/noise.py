@@ -86,7 +86,7 @@ def noise_kl(
         raise ValueError(f"samples={samples} must be 1 or larger.")
     with measuring(model, exact=True) as inner, torch.no_grad():
         params = floating_parameters(inner, parameters, "The KL divergence under noise")
-        noises = [GaussianNoise(params, float(sigma), seed=hash_of(seed, sample)) for sample in range(samples)]
+        noises = [GaussianNoise(params, float(sigma), seed=sample_seed(seed, sample)) for sample in range(samples)]
         check_noise_survives(inner, params, noises[0])
         sums = [TokenSums() for _ in range(samples)]
         with Displacement(inner, params) as displacement:
@@ -193,7 +193,9 @@ def noise_sensitivity(
         scales = layer_scales(inner, params, relative_to, seed)
         noises = [
             [
-                GaussianNoise(params, {name: strength * scale for name, scale in scales.items()}, hash_of(seed, sample))
+                GaussianNoise(
+                    params, {name: strength * scale for name, scale in scales.items()}, sample_seed(seed, sample)
+                )
                 for sample in range(samples)
             ]
             for strength in strengths
@@ -250,7 +252,7 @@ def _fresh(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return type(model)._from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
-def hash_of(seed: int, sample: int) -> int:
+def sample_seed(seed: int, sample: int) -> int:
     """A seed of its own for each sample."""
     return (seed << 20) + sample
 

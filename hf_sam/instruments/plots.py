@@ -4,7 +4,7 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 
-from ..runtime.packages import need
+from ..runtime.packages import require
 from ..statistics.frontier import pareto_frontier
 
 
@@ -107,7 +107,7 @@ class _figure:
         self.labels = (x, y)
 
     def __enter__(self):
-        need("matplotlib", "Plotting")
+        require("matplotlib", "Plotting")
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

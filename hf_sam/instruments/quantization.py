@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..runtime.disk import check_disk
 from ..runtime.errors import MeasurementError
-from ..runtime.models import ModelSource, load_checked
-from ..runtime.packages import need
+from ..runtime.models import LocalModel, load_checked
+from ..runtime.packages import require
 from ..statistics.estimate import Estimate
 from ..statistics.losses import HeldOutLoss, forgetting
 from .displacement import Displacement
@@ -162,7 +162,7 @@ def load_quantized(
     if is_rounding(scheme):
         model = load_checked(path, dtype=dtype, device_map=device_map, **kwargs)
         return model, round_to_nearest(model, int(scheme[3:]))
-    need("bitsandbytes", f"Quantization to {scheme}")
+    require("bitsandbytes", f"Quantization to {scheme}")
     if scheme == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -179,7 +179,7 @@ def load_quantized(
 
 
 def load_source_quantized(
-    source: ModelSource, scheme: str, dtype: torch.dtype, device_map="cpu"
+    source: LocalModel, scheme: str, dtype: torch.dtype, device_map="cpu"
 ) -> tuple[torch.nn.Module, Quantized]:
     """[`load_quantized`] of a model on disk; adapters are merged into a temporary copy first.
 

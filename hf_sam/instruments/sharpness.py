@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..runtime.distributed import total_tensor
+from ..runtime.distributed import all_reduce_sum
 from ..runtime.sharding import check_whole
 from ..statistics.losses import HeldOutLoss
 from ..step.perturbation import NORM_EPSILON
@@ -92,7 +92,7 @@ def loss_gradient(
         gradient = {}
         for name, param in params.items():
             value, param.grad = param.grad, None
-            gradient[name] = total_tensor(torch.zeros_like(param) if value is None else value)
+            gradient[name] = all_reduce_sum(torch.zeros_like(param) if value is None else value)
     return gradient
 
 

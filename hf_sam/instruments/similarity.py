@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..runtime.distributed import total_tensor
-from ..runtime.labels import IGNORED
-from ..runtime.packages import need
+from ..runtime.distributed import all_reduce_sum
+from ..runtime.labels import IGNORE_INDEX
+from ..runtime.packages import require
 from .data import model_inputs, shared_batches
 from .displacement import Weights, difference, weights_like
 from .measuring import device_of, measuring
@@ -55,7 +55,7 @@ def representation_similarity(
     Raises:
         ValueError: if the models differ in depth or hidden size, or there are too few tokens for the rank.
     """
-    need("scipy", "The mean principal angle")
+    require("scipy", "The mean principal angle")
     if rank < 1:
         raise ValueError(f"rank={rank} must be 1 or larger.")
     layers: list[_Moments] = []
@@ -105,7 +105,7 @@ class _Moments:
         self.sums = new if self.sums is None else [old + value for old, value in zip(self.sums, new, strict=True)]
 
     def share(self):
-        self.sums = [total_tensor(value) for value in self.sums]
+        self.sums = [all_reduce_sum(value) for value in self.sums]
         self.count = int(self.sums[0].item())
         self.width = len(self.sums[1])
 
@@ -134,7 +134,7 @@ def _hidden_states(model, batch) -> list[torch.Tensor]:
     states = getattr(output, "hidden_states", None)
     if states is None:
         raise ValueError(f"{type(model).__name__} returns no hidden states.")
-    counted = batch.labels[:, 1:] != IGNORED
+    counted = batch.labels[:, 1:] != IGNORE_INDEX
     return [state[:, :-1][counted.to(state.device)] for state in states]
 
 

@@ -1,15 +1,15 @@
 """Settings of pretraining, annealing and mid-training runs."""
 
-import hashlib
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..arguments import SAMTrainingArguments
-from ..planning.budget import accumulation_for, parse_tokens, steps_for
+from ..planning import accumulation_for, parse_tokens, steps_for
+from ..runtime.distributed import launched_world_size
+from ..runtime.fingerprint import fingerprint
 
 
 @dataclass(repr=False)  # the host's own leaves tokens out
@@ -80,7 +80,7 @@ class PretrainingArguments(SAMTrainingArguments):
             self.no_weight_decay = [self.no_weight_decay]
         # Before the host's own checks: DeepSpeed's "auto" values are filled in there.
         if self.global_batch_size is not None:
-            devices = int(os.environ.get("WORLD_SIZE", "1"))
+            devices = launched_world_size()
             self.gradient_accumulation_steps = accumulation_for(
                 self.global_batch_size, self.per_device_train_batch_size, devices
             )
@@ -106,7 +106,7 @@ class PretrainingArguments(SAMTrainingArguments):
     @property
     def sequences(self) -> int:
         """Sequences of an optimizer step over all devices."""
-        devices = int(os.environ.get("WORLD_SIZE", "1"))
+        devices = launched_world_size()
         return self.per_device_train_batch_size * devices * self.gradient_accumulation_steps
 
     @property
@@ -151,7 +151,7 @@ def checkpoint_hash(folder: str | None) -> str | None:
     """Hash of the log of the run that a checkpoint belongs to; None without one."""
     if folder is None:
         return None
-    return hashlib.sha256((Path(folder) / "trainer_state.json").read_bytes()).hexdigest()[:16]
+    return fingerprint((Path(folder) / "trainer_state.json").read_bytes())
 
 
 @dataclass

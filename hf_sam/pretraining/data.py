@@ -1,11 +1,10 @@
 """The training data of a run: the same order of rows, tokenized before or while training, from any place in it."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 from accelerate.logging import get_logger
 
+from ..runtime.fingerprint import fingerprint
 from .arguments import DataArguments, PretrainingArguments
 from .documents import Source, TokenStream
 from .packing import MixedRows, Mixture, PackedRows, tokenized
@@ -140,4 +139,4 @@ def data_fingerprint(data: DataArguments, args: PretrainingArguments, tokenizer)
         *(len(tokenizer), tokenizer.eos_token_id, sorted(tokenizer.get_vocab().items())),
         *(Source(spec).files() for spec in data.datasets),
     ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return fingerprint(content)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime.dataset_specs import data_files, is_data, named, open_split
-from ..runtime.packages import need
+from ..runtime.packages import require
 
 # Documents that a worker tokenizes at once, and files that are read at once.
 _BATCH = 64
@@ -44,7 +44,7 @@ class Source:
         Raises:
             ValueError: if there is no such data, split or column, or no text in it; the message names what there is.
         """
-        need("datasets", "Training data")
+        require("datasets", "Training data")
         place = named(self.spec)[1]
         try:
             dataset = open_split(place, self.split, streaming=streaming, preferred=("train",))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..runtime.labels import IGNORED
+from ..runtime.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ZLoss:
             labels (`torch.Tensor` of shape `(batch, length)`): tokens, or -100 where none is predicted.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): predicted tokens of the optimizer step.
         """
-        items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        items = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         weight = self.weight if torch.is_grad_enabled() else 0.0
         # A sequence at a time: what is needed in between is a fraction of the logits of the batch.
         total = sum(_of_sequence(*pair, weight) for pair in zip(outputs.logits, labels, strict=True))
@@ -38,7 +38,7 @@ class ZLoss:
 def _of_sequence(logits: torch.Tensor, labels: torch.Tensor, weight: float) -> torch.Tensor:
     """Sum over the tokens of a sequence; one normalizer serves both terms."""
     logits, targets = logits[:-1].float(), labels[1:].to(logits.device)
-    counted = targets != IGNORED
+    counted = targets != IGNORE_INDEX
     normalizer = torch.logsumexp(logits, dim=-1)
     chosen = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
     return torch.where(counted, normalizer - chosen + weight * normalizer.square(), 0.0).sum()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..runtime.labels import IGNORED
+from ..runtime.labels import IGNORE_INDEX
 from .documents import Source, check_text, token_ids
 
 
@@ -30,14 +30,14 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, length: int, padding: int, 
     """
     ids = np.full(length, padding, dtype=np.int64)
     ids[: len(tokens)] = tokens
-    labels = np.full(length, IGNORED, dtype=np.int64)
+    labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
     labels[: len(tokens)] = tokens
     row = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     if document_mask:
         begins = np.zeros(length, dtype=bool)
         begins[: len(tokens)] = starts
         begins[len(tokens) : len(tokens) + 1] = True  # padding is a document of its own
-        labels[begins] = IGNORED
+        labels[begins] = IGNORE_INDEX
         begins[0] = True
         place = np.arange(length)
         row["position_ids"] = torch.from_numpy(place - np.maximum.accumulate(np.where(begins, place, 0)))

@@ -11,9 +11,9 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from ..planning.plan import Plan, measure_model
 from ..runtime.disk import check_disk
-from ..runtime.distributed import checked_by_first
-from ..runtime.models import ModelSource, find_model
-from ..runtime.run_record import decisive_settings, is_done, last_complete, mark_done, read_record, record
+from ..runtime.distributed import compute_on_first
+from ..runtime.models import LocalModel, find_model
+from ..runtime.run_record import decisive_settings, is_done, last_complete, mark_done, read_record, write_settings
 from ..schedule import SAMWindow
 from ..step.counts import ascent_count
 from .arguments import DataArguments, ModelArguments, PretrainingArguments, checkpoint_hash, checkpoint_step
@@ -66,7 +66,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         step=checkpoint_step(checkpoint) if checkpoint else args.first_step,
     )
     trainer = PretrainingTrainer(model=model, args=args, data=data, processing_class=tokenizer)
-    record(args, settings)
+    write_settings(args, settings)
     trainer.train(resume_from_checkpoint=checkpoint or args.anneal_from)
     model.config.use_cache = use_cache
     trainer.save_model(args.output_dir)
@@ -112,7 +112,7 @@ def _passes(args: PretrainingArguments, sequences: int, devices: int, steps: int
     return 1 + acting / steps * ascent_count(args.sam_ascent_micro_batches, micro_batches) / micro_batches
 
 
-def model_source(model_args: ModelArguments) -> ModelSource | None:
+def model_source(model_args: ModelArguments) -> LocalModel | None:
     """The model whose weights are the start, downloaded if need be; None for random weights.
 
     Raises:
@@ -171,7 +171,7 @@ def check_space(args: PretrainingArguments, model) -> None:
     saves = 0 if args.save_strategy == "no" else _checkpoints(args)
     there = len(list(Path(args.output_dir).glob("checkpoint-*")))
     what = f"the model and {saves} checkpoint{'' if saves == 1 else 's'} of it (save_steps, save_total_limit)"
-    checked_by_first(lambda: check_disk(args.output_dir, weights + max(0, saves - there) * 4 * weights, what))
+    compute_on_first(lambda: check_disk(args.output_dir, weights + max(0, saves - there) * 4 * weights, what))
 
 
 def _checkpoints(args: PretrainingArguments) -> int:

@@ -1,6 +1,7 @@
-"""What the measures ask of a run with several processes: who computes which batch, and sums over all of them.
+"""Collectives over the processes of a run, and which of them computes which batch.
 
-Without Accelerate's state (a script, a notebook) there is one process; a measure never sets up a process group.
+Without Accelerate's state (in a script or a notebook) there is one process. Only [`join_processes`] sets up a process
+group; everything else takes what is there.
 """
 
 import os
@@ -15,8 +16,13 @@ from accelerate.state import AcceleratorState, PartialState
 T = TypeVar("T")
 
 
+def launched_world_size() -> int:
+    """Number of processes that the launcher started, also before a process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def rank_and_world() -> tuple[int, int]:
-    """Index of this process, and number of processes that share the measuring out between them."""
+    """Rank of this process, and number of processes."""
     if not PartialState._shared_state:
         return 0, 1
     state = PartialState()
@@ -24,19 +30,19 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def join_processes() -> None:
-    """Set up what a launcher started; alone, this is one process.
+    """Set up the process group of the launched processes; without a launcher there is one process.
 
     Raises:
         RuntimeError: if the launcher started several processes that did not find each other.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > 1 and not torch.accelerator.is_available():
-        # Left to itself, accelerate takes processes on the CPU for separate runs.
+    launched = launched_world_size()
+    if launched > 1 and not torch.accelerator.is_available():
+        # By default accelerate treats processes on the CPU as separate runs.
         PartialState(cpu=True, backend="gloo")
     else:
         PartialState()
-    if started != rank_and_world()[1]:
-        raise RuntimeError(f"{started} processes were started, but accelerate knows of {rank_and_world()[1]}.")
+    if launched != rank_and_world()[1]:
+        raise RuntimeError(f"{launched} processes were launched, but accelerate knows of {rank_and_world()[1]}.")
 
 
 def default_device() -> torch.device:
@@ -46,40 +52,33 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-def share(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
+def shard(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
     """Every world-th batch, and whether it counts.
 
-    All ranks get as many batches, since sharded models communicate in every forward pass; where the last round has
-    none for a rank, it computes another rank's batch, and must not count it.
+    All ranks get the same number of batches, because sharded models communicate in every forward pass. Where the last
+    round has no batch for a rank, the rank repeats the batch of another one, which does not count.
     """
     rank, world = rank_and_world()
     if world > 1:
         _check_data_parallel()
     batches = iter(batches)
     while one_each := list(islice(batches, world)):
-        mine = rank < len(one_each)
-        yield one_each[rank if mine else 0], mine
+        counts = rank < len(one_each)
+        yield one_each[rank if counts else 0], counts
 
 
 def _check_data_parallel() -> None:
-    """Raises ValueError where several processes make up one model, and so need the same batches."""
+    """Raises ValueError where several processes hold one model, and therefore need the same batches."""
     parallelism = AcceleratorState._shared_state.get("parallelism_config")
     for name in ("tp", "cp", "sp"):
         if getattr(parallelism, f"{name}_enabled", False):
             raise ValueError(
-                f"The measures share batches out over processes, which does not work with `{name}_size` > 1. Save the "
+                f"The instruments shard batches over processes, which does not work with `{name}_size` > 1. Save the "
                 "model and measure it with `hf-sam evaluate`."
             )
 
 
-def total(values: np.ndarray) -> np.ndarray:
-    """Elementwise sum over all processes, in the precision of `values`."""
-    if rank_and_world()[1] == 1:
-        return values
-    return total_tensor(torch.from_numpy(values).to(PartialState().device)).cpu().numpy()
-
-
-def total_tensor(value: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """Elementwise sum over all processes, on the device of `value`, which may be overwritten."""
     if rank_and_world()[1] == 1:
         return value
@@ -88,8 +87,15 @@ def total_tensor(value: torch.Tensor) -> torch.Tensor:
     return reduce(value, reduction="sum")
 
 
-def largest(value: int) -> int:
-    """The largest value of any process."""
+def all_reduce_sum_array(values: np.ndarray) -> np.ndarray:
+    """Elementwise sum over all processes, in the precision of `values`."""
+    if rank_and_world()[1] == 1:
+        return values
+    return all_reduce_sum(torch.from_numpy(values).to(PartialState().device)).cpu().numpy()
+
+
+def all_reduce_max(value: int) -> int:
+    """Largest value over all processes."""
     if rank_and_world()[1] == 1:
         return value
     from accelerate.utils import gather_object
@@ -97,8 +103,8 @@ def largest(value: int) -> int:
     return max(gather_object([value]))
 
 
-def from_first(value: T) -> T:
-    """The value of the first process, on all."""
+def broadcast(value: T) -> T:
+    """The value of rank 0, on all ranks."""
     if rank_and_world()[1] == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -106,10 +112,10 @@ def from_first(value: T) -> T:
     return broadcast_object_list([value])[0]
 
 
-def checked_by_first(compute: Callable[[], T]) -> T:
-    """What the first process computes, on all; a ValueError or an OSError of its is raised on all, too.
+def compute_on_first(compute: Callable[[], T]) -> T:
+    """What `compute` returns on rank 0, on all ranks; a ValueError or an OSError of rank 0 is raised on all ranks.
 
-    Raised on the first one alone, it would leave the others waiting for that process.
+    Raised on rank 0 alone, it would leave the other ranks waiting.
     """
     value, problem = None, None
     if rank_and_world()[0] == 0:
@@ -117,7 +123,7 @@ def checked_by_first(compute: Callable[[], T]) -> T:
             value = compute()
         except (ValueError, OSError) as error:
             problem = error
-    value, problem = from_first((value, problem))
+    value, problem = broadcast((value, problem))
     if problem is not None:
         raise problem
     return value

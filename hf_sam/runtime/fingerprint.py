@@ -1,14 +1,38 @@
-"""Hashes."""
+"""Fingerprints: 16 hexadecimal digits of a SHA-256, by which settings, data and weights are compared."""
 
 import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
+_DIGITS = 16
 
-def hash_of_folder(folder: str) -> str:
-    """Hash of all files below a folder; empty without one."""
+
+def fingerprint(content) -> str:
+    """Fingerprint of bytes, of text, or of anything that JSON can hold (the order of keys does not matter)."""
+    if not isinstance(content, bytes | str):
+        content = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:_DIGITS]
+
+
+def fingerprint_of_files(paths: Iterable[Path], folder: Path) -> str:
+    """Fingerprint of the names, relative to `folder`, and the contents of files."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content};".encode())
+    return digest.hexdigest()[:_DIGITS]
+
+
+def fingerprint_of_folder(folder: str | Path) -> str:
+    """Fingerprint of all files below a folder; empty for an empty name."""
     if not folder:
         return ""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    return fingerprint_of_files([path for path in Path(folder).rglob("*") if path.is_file()], Path(folder))
+
+
+def seed_of(text: str) -> int:
+    """A seed for a random generator that depends on a text only; 56 bits, which every generator takes."""
+    # Hashed, because a small seed would repeat the numbers that initialized the weights.
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

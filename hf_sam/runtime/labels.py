@@ -1,3 +1,3 @@
-"""The label of tokens that no loss counts, as torch and transformers have it."""
+"""The label of tokens that no loss counts: the default `ignore_index` of torch's cross-entropy."""
 
-IGNORED = -100
+IGNORE_INDEX = -100

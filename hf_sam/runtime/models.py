@@ -1,7 +1,6 @@
 """What the command line names: models and data, on the hub or on disk. Everything is checked before work begins."""
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -16,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .dataset_specs import named
 from .disk import check_disk
-from .distributed import checked_by_first, rank_and_world
-from .packages import need
+from .distributed import compute_on_first, rank_and_world
+from .fingerprint import fingerprint, fingerprint_of_files
+from .packages import require
 from .weight_files import check_finite, check_weights
 
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -25,21 +25,21 @@ _CONFIGS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class LocalModel:
     """A model on this disk.
 
     Attributes:
         name (`str`): what the report calls it.
         spec (`str`): as it was named.
         folder (`Path`): where its files are.
-        base (`ModelSource` or `None`): for an adapter, the model that it belongs to.
+        base (`LocalModel` or `None`): for an adapter, the model that it belongs to.
         fingerprint (`str`): hash of its weights, and of those of its base.
     """
 
     name: str
     spec: str
     folder: Path
-    base: "ModelSource | None"
+    base: "LocalModel | None"
     fingerprint: str
 
     def load(self, dtype: torch.dtype, device_map="cpu") -> torch.nn.Module:
@@ -95,8 +95,7 @@ class ModelSource:
     def tokenizer_fingerprint(self) -> str:
         """Hash of its tokenizer."""
         tokenizer = self.tokenizer()
-        content = json.dumps([tokenizer.get_vocab(), str(tokenizer.chat_template)], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return fingerprint([tokenizer.get_vocab(), str(tokenizer.chat_template)])
 
     def tokenizer(self):
         """Its tokenizer, or that of the model under the adapter.
@@ -114,7 +113,7 @@ class ModelSource:
         return AutoTokenizer.from_pretrained(self.folder)
 
 
-def find_model(spec: str) -> ModelSource:
+def find_model(spec: str) -> LocalModel:
     """The model that `spec` names: `[NAME=]FOLDER`, or `[NAME=]HUB/ID[@REVISION]`, which is downloaded if need be.
 
     Raises:
@@ -124,7 +123,7 @@ def find_model(spec: str) -> ModelSource:
     name, place = named(spec)
     folder = Path(place) if os.path.isdir(place) else _download(place)
     if (folder / "adapter_config.json").exists():
-        need("peft", f"The adapter {place!r}")
+        require("peft", f"The adapter {place!r}")
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         under = config.get("base_model_name_or_path") or ""
         revision = config.get("revision")
@@ -137,10 +136,10 @@ def find_model(spec: str) -> ModelSource:
     else:
         raise ValueError(f"{place!r} holds neither config.json nor adapter_config.json: it is not a model.")
     check_weights(folder)
-    fingerprint = checked_by_first(lambda: _hash_of_files(folder))
+    weights = compute_on_first(lambda: _fingerprint_of_weights(folder))
     if base is not None:
-        fingerprint = hashlib.sha256(f"{fingerprint} on {base.fingerprint}".encode()).hexdigest()[:16]
-    return ModelSource(name, place, folder, base, fingerprint)
+        weights = fingerprint(f"{weights} on {base.fingerprint}")
+    return LocalModel(name, place, folder, base, weights)
 
 
 def check_model(place: str, revision: str | None = None, weights: bool = True) -> None:
@@ -264,12 +263,8 @@ def _files_on_hub(repo: str, revision: str | None) -> list:
         return []
 
 
-def _hash_of_files(folder: Path) -> str:
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("*_model*.bin")])
+def _fingerprint_of_weights(folder: Path) -> str:
+    files = [*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("*_model*.bin")]
     if not any(file.suffix in (".safetensors", ".bin") for file in files):
         raise ValueError(f"{str(folder)!r} holds no weights (*.safetensors).")
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
-    return digest.hexdigest()[:16]
+    return fingerprint_of_files(files, folder)

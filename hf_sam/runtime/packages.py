@@ -5,7 +5,7 @@ import importlib.util
 _EXTRA = {"bitsandbytes": "quantization", "peft": "peft"}
 
 
-def need(package: str, what: str) -> None:
+def require(package: str, what: str) -> None:
     """Raises ImportError that says what to install, if `package` is missing."""
     if importlib.util.find_spec(package) is None:
         extra = _EXTRA.get(package, "eval")

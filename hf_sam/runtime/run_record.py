@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .disk import finite, write_json
-from .distributed import from_first
+from .distributed import broadcast
 
 RECORD, DONE = "run_settings.json", "training_done.json"
 
@@ -55,7 +55,7 @@ def is_done(args: TrainingArguments, settings: dict) -> bool:
         ValueError: if it holds checkpoints or the model of a run with other settings; the message says which.
     """
     # The first process decides for all: only it wrote the record.
-    done, problem = from_first(_look(args.output_dir, settings) if args.process_index == 0 else None)
+    done, problem = broadcast(_look(args.output_dir, settings) if args.process_index == 0 else None)
     if problem:
         raise ValueError(problem)
     return done
@@ -83,7 +83,7 @@ def _look(output_dir: str, settings: dict) -> tuple[bool, str | None]:
     return done, None
 
 
-def record(args: TrainingArguments, settings: dict) -> None:
+def write_settings(args: TrainingArguments, settings: dict) -> None:
     """Write down the settings of a run that begins, for [`is_done`]."""
     if args.process_index == 0:
         write_json(Path(args.output_dir) / RECORD, settings)
@@ -152,7 +152,7 @@ def last_complete(output_dir: str | Path) -> str | None:
         step = folder.name.removeprefix("checkpoint-")
         if step.isdigit() and _is_complete(folder):
             steps[int(step)] = str(folder)
-    return from_first(steps[max(steps)] if steps else None)
+    return broadcast(steps[max(steps)] if steps else None)
 
 
 def _is_complete(folder: Path) -> bool:

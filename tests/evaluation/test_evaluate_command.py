@@ -102,7 +102,7 @@ def test_a_second_run_computes_nothing(shelf, done, monkeypatch):
         raise AssertionError("a model was loaded")
 
     before = (done / "report.md").read_text()
-    monkeypatch.setattr(run.ModelSource, "load", fail)
+    monkeypatch.setattr(run.LocalModel, "load", fail)
     monkeypatch.setattr(models, "load_source_quantized", fail)
     assert commands.main(command(shelf, done, *EVERYTHING)) == 0
     after = (done / "report.md").read_text()
@@ -218,7 +218,7 @@ def test_bad_input_is_told_before_anything_is_measured(shelf, tmp_path, monkeypa
     def fail(*args, **kwargs):
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(run.ModelSource, "load", fail)
+    monkeypatch.setattr(run.LocalModel, "load", fail)
     names = {"OLD": str(shelf / "old.jsonl"), "TUNED": str(shelf / "tuned1")}
     change = {
         key: [re.sub("OLD$|TUNED$", lambda m: names[m[0]], v) if isinstance(v, str) else v for v in value]

@@ -73,7 +73,7 @@ def test_another_evaluation_is_refused_before_anything_is_measured(shelf, finish
     def fail(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run.ModelSource, "load", fail)
+    monkeypatch.setattr(run.LocalModel, "load", fail)
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
     def placed(value):

@@ -10,7 +10,7 @@ from toy_evaluation import FailsAfter, busy, held_out, sharp_olmo2, unchanged
 
 from hf_sam.instruments import HeldOutData, held_out_loss, noise_kl, noise_sensitivity
 from hf_sam.instruments.displacement import GaussianNoise
-from hf_sam.instruments.noise import hash_of, kl_divergence
+from hf_sam.instruments.noise import kl_divergence, sample_seed
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_kl_is_the_direct_sum_in_fp64(model):
     data = held_out(6)
     measured = noise_kl(model, data, sigma=1e-3, samples=2)
     for sample, value in enumerate(measured.samples):
-        other = noisy_copy(model, 1e-3, hash_of(0, sample))
+        other = noisy_copy(model, 1e-3, sample_seed(0, sample))
         total = count = 0
         for row in data.rows:
             ids = torch.tensor([row.input_ids])
@@ -154,7 +154,7 @@ def test_sensitivity_by_hand(model):
     for strength, losses in zip((0.1, 0.5), measured.losses, strict=True):
         for sample, loss in enumerate(losses):
             deviations = {name: strength * scale for name, scale in scales.items()}
-            other = noisy_copy(model, deviations, hash_of(0, sample))
+            other = noisy_copy(model, deviations, sample_seed(0, sample))
             assert held_out_loss(other, held_out(4)).loss == pytest.approx(loss, rel=1e-6)
     assert measured.degradations == pytest.approx([np.mean(row) - measured.loss for row in measured.losses])
 

@@ -14,7 +14,7 @@ from hf_sam.evaluation.inputs import load_held_out, with_distinct_names
 from hf_sam.instruments import HeldOutData, held_out_loss
 from hf_sam.instruments.quantization import load_source_quantized
 from hf_sam.runtime import models as sources
-from hf_sam.runtime.fingerprint import hash_of_folder
+from hf_sam.runtime.fingerprint import fingerprint_of_folder
 from hf_sam.runtime.models import check_same_tokens, find_model
 
 
@@ -203,8 +203,8 @@ def test_rows_longer_than_the_model_are_refused(shelf):
 
 def test_hash_of_a_folder_is_of_its_content(tmp_path):
     (tmp_path / "a").write_text("1")
-    first = hash_of_folder(str(tmp_path))
+    first = fingerprint_of_folder(str(tmp_path))
     (tmp_path / "a").write_text("2")
-    assert hash_of_folder(str(tmp_path)) != first
-    assert hash_of_folder("") == ""
+    assert fingerprint_of_folder(str(tmp_path)) != first
+    assert fingerprint_of_folder("") == ""
     assert sources.named("a b=x/y") == ("a b", "x/y")

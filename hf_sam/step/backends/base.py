@@ -17,11 +17,11 @@ the weights out between them.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from ...runtime.fingerprint import seed_of
 from .. import perturbation
 from ..parameters import check_perturbable, count_hooks, select_names, trainable_parameters
 from ..perturbation import Fragment, Perturbation
@@ -279,9 +279,8 @@ class Backend:
             device = fragment.grad.device
             if device not in generators:
                 generators[device] = torch.Generator(device=device)
-            # Hashed, because a small seed would repeat the numbers that initialized the weights.
-            key = f"hf-sam stochastic rounding {self.seed} {step} {fragment.name} {fragment.place}".encode()
-            return generators[device].manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
+            seed = seed_of(f"hf-sam stochastic rounding {self.seed} {step} {fragment.name} {fragment.place}")
+            return generators[device].manual_seed(seed)
 
         return noise
 
