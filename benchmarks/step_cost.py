@@ -28,7 +28,7 @@ VARIANTS = {
     "SAM, ascent on 1 of 4": {"sam_rho": 0.05, "sam_ascent_micro_batches": 1},
     "SAM, every 2nd step": {"sam_rho": 0.05, "sam_interval": 2},
     "SAM, norms only": {"sam_rho": 0.05, "sam_target_modules": ["norm"]},
-    "ASAM": {"sam_rho": 0.5, "sam_adaptive": True},
+    "ASAM": {"sam_rho": 0.5, "sam_variant": "asam"},
 }
 
 

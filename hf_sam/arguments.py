@@ -8,6 +8,7 @@ from accelerate.logging import get_logger
 from transformers import SchedulerType, TrainingArguments
 
 from .step.counts import check_count
+from .step.variants import VARIANTS, check_variant
 
 logger = get_logger(__name__)
 
@@ -24,9 +25,10 @@ class SAMArguments:
         sam_rho (`float`, *optional*, defaults to `0.0`):
             Radius \\(\rho\\) of the perturbation \\(e = \rho g / \|g\|\\) (arXiv 2010.01412, eq. 2). `0` is plain
             training. The paper of sharpness-aware pretraining (arXiv 2605.02105) uses 0.05.
-        sam_adaptive (`bool`, *optional*, defaults to `False`):
-            Adaptive SAM: \\(e = \rho |w|^2 g / \| |w| g\|\\) elementwise (arXiv 2102.11600, eq. 8). Its \\(\rho\\) is
-            on another scale; that paper uses 0.5 to 2.
+        sam_variant (`str`, *optional*, defaults to `"sam"`):
+            What the perturbation is. `"sam"`: as above. `"asam"`, adaptive SAM: \\(e = \rho |w|^2 g / \| |w| g\|\\)
+            elementwise (arXiv 2102.11600, eq. 8); its \\(\rho\\) is on another scale, 0.5 to 2 in that paper. Also
+            the name of a variant of your own ([`hf_sam.step.variants`](~hf_sam.step.variants)).
         sam_ascent_micro_batches (`float`, *optional*):
             How many of the step's micro-batches the ascent gradient is taken over, or which share of them if below
             1. All of them when omitted. A step costs 1 + k/N plain steps with k of N.
@@ -65,8 +67,13 @@ class SAMArguments:
         default=0.0,
         metadata={"help": "[SAM] Radius rho of the SAM perturbation e = rho * g / ||g||; 0 trains without SAM."},
     )
-    sam_adaptive: bool = field(
-        default=False, metadata={"help": "[SAM] Adaptive SAM (ASAM): e = rho * w^2 g / ||w g||, elementwise."}
+    sam_variant: str = field(
+        default="sam",
+        metadata={
+            "help": "[SAM] What the perturbation is: "
+            + "; ".join(f"{name}: {variant.equation}" for name, variant in VARIANTS.items())
+            + "."
+        },
     )
     sam_start_steps: float = field(
         default=0.0, metadata={"help": "[SAM] First optimizer step with SAM; below 1, a share of the run."}
@@ -159,8 +166,7 @@ class SAMArguments:
     def _check_values(self):
         for name in _FLOAT_FIELDS:
             setattr(self, name, _as_float(name, getattr(self, name)))
-        if not isinstance(self.sam_adaptive, bool):
-            raise ValueError(f"sam_adaptive={self.sam_adaptive!r} must be true or false.")
+        check_variant(self.sam_variant, "sam_variant")
         if not (math.isfinite(self.sam_rho) and self.sam_rho >= 0):
             raise ValueError(f"sam_rho={self.sam_rho} must be a finite number, 0 (no SAM) or larger.")
         for name in ("sam_start_steps", "sam_end_steps", "anneal_steps", "sam_ascent_micro_batches"):

@@ -16,27 +16,27 @@ class SAMHistory(TrainerCallback, ExportableState):
         acted (`int`): optimizer steps of the run in which SAM perturbed the weights, or skipped a gradient that was not
             finite.
         skipped (`int`): those of them that were skipped, as far as they were logged.
-        ascent_passes (`float`): what their ascent passes cost, in passes over all micro-batches of a step.
+        extra_passes (`float`): passes over all micro-batches of a step that SAM took in addition to plain training.
         steps (`int`): optimizer steps of the run up to its end.
     """
 
-    _COUNTS = ("acted", "skipped", "ascent_passes", "steps")
+    _COUNTS = ("acted", "skipped", "extra_passes", "steps")
 
     def __init__(self):
         self._reset()
 
     def _reset(self):
-        self.acted, self.skipped, self.ascent_passes, self.steps = 0, 0, 0.0, 0
+        self.acted, self.skipped, self.extra_passes, self.steps = 0, 0, 0.0, 0
 
-    def add(self, ascent_share: float) -> None:
-        """Count a step of SAM whose ascent pass took this share of the micro-batches."""
+    def add(self, extra_passes: float) -> None:
+        """Count a step of SAM that took so many passes over its micro-batches more than a plain one."""
         self.acted += 1
-        self.ascent_passes += ascent_share
+        self.extra_passes += extra_passes
 
     @property
     def passes(self) -> float:
         """Passes over the data for each optimizer step of the run; 1 is plain training."""
-        return 1 + self.ascent_passes / max(1, self.steps)
+        return 1 + self.extra_passes / max(1, self.steps)
 
     def summary(self) -> str:
         """What happened, in a sentence."""

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from .arguments import SAMArguments
-from .step.counts import resolve_count
+from .step.counts import ascent_count, resolve_count
+from .step.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class SAMWindow:
                 f"{self.end - self.start} steps. Lower sam_interval."
             )
         return None
+
+
+def extra_passes(args: SAMArguments, micro_batches: int) -> float:
+    """What a step with SAM takes beyond a plain one, in passes over its `micro_batches`: 1 for a whole ascent pass."""
+    share = ascent_count(args.sam_ascent_micro_batches, micro_batches) / micro_batches
+    return (VARIANTS[args.sam_variant].passes - 1) * share
 
 
 def annealing_kwargs(args: SAMArguments, max_steps: int, warmup_steps: int) -> dict:

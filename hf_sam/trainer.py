@@ -15,9 +15,8 @@ from .configs import turn_into_sam
 from .history import SAMHistory
 from .model_card import describe_in_model_card
 from .records import TrainerWorld, appended_taken_back, reached_by
-from .schedule import SAMWindow, annealing_kwargs
-from .step.backends import check_supported
-from .step.counts import ascent_count
+from .schedule import SAMWindow, annealing_kwargs, extra_passes
+from .step.backends import check_supported, has_own_scheduler
 from .step.parameters import check_perturbable, keep_adapters_exact, select_names, trainable_parameters
 from .step.replay import muted, parameters_reached
 from .step.replay.reach import code_names
@@ -155,7 +154,7 @@ class SAMMixin:
             self._sam = None
             raise
         if sam.acted > acted:
-            self.sam_history.add(ascent_count(self.args.sam_ascent_micro_batches, micro_batches) / micro_batches)
+            self.sam_history.add(extra_passes(self.args, micro_batches))
         return loss
 
     @property
@@ -204,7 +203,7 @@ class SAMMixin:
                 model,
                 self.args.sam_rho,
                 optimizer=self.optimizer,
-                adaptive=self.args.sam_adaptive,
+                variant=self.args.sam_variant,
                 ascent_micro_batches=self.args.sam_ascent_micro_batches,
                 ascent_sync=self.args.sam_ascent_sync,
                 target_modules=self.args.sam_target_modules,
@@ -253,8 +252,7 @@ class SAMMixin:
         operations = super().floating_point_ops(inputs)
         if not self._sam_acts():
             return operations
-        micro_batches = self._micro_batches()
-        return operations * (1 + ascent_count(self.args.sam_ascent_micro_batches, micro_batches) / micro_batches)
+        return operations * (1 + extra_passes(self.args, self._micro_batches()))
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -355,8 +353,7 @@ class SAMMixin:
                 "anneal_steps sets the learning-rate schedule, but a scheduler was passed in `optimizers`. Pass "
                 "`optimizers=(optimizer, None)`, or drop anneal_steps."
             )
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None and "scheduler" in plugin.deepspeed_config:
+        if has_own_scheduler(self.accelerator):
             raise ValueError(
                 "anneal_steps sets the learning-rate schedule, but the DeepSpeed config has a `scheduler` of its own. "
                 "Remove it from the config, or drop anneal_steps."

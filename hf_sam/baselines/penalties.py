@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Trainer, TrainingArguments
 
-from ..runtime.sharding import is_sharded, local_piece, piece_of
+from ..runtime.sharding import check_gradients_at_hand, is_sharded, local_piece, piece_of
 from ..step.parameters import plain_name
 from ..trainer import SAMMixin, check_in_front, once_a_step
 from .fisher import load_fisher
@@ -154,17 +154,7 @@ class _PenaltyMixin:
 
     def _check_penalty_backend(self):
         name = type(self).__name__
-        if self.is_deepspeed_enabled or self.accelerator.has_lomo_optimizer or "lomo" in str(self.args.optim).lower():
-            raise ValueError(
-                f"{name} adds to the gradients after the backward pass, but DeepSpeed and the LOMO optimizers have "
-                "stepped by then. Use DDP or FSDP2 and another optimizer, or set the strength of the penalty to 0."
-            )
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.fsdp_version != 2:
-            raise ValueError(
-                f"{name} cannot see the weights in the flat parameters of FSDP1. Use FSDP2: "
-                f"fsdp_config={{'version': 2}}."
-            )
+        check_gradients_at_hand(self.accelerator, name, optim=str(self.args.optim))
         order = type(self).__mro__
         behind = SAMMixin in order and order.index(SAMMixin) < order.index(_PenaltyMixin)
         if behind and getattr(self.args, "sam_ascent_micro_batches", None) is not None:

@@ -14,8 +14,7 @@ from ..runtime.disk import check_disk
 from ..runtime.distributed import compute_on_first
 from ..runtime.models import LocalModel, find_model
 from ..runtime.run_record import decisive_settings, is_done, last_complete, mark_done, read_record, write_settings
-from ..schedule import SAMWindow
-from ..step.counts import ascent_count
+from ..schedule import SAMWindow, extra_passes
 from .arguments import DataArguments, ModelArguments, PretrainingArguments, checkpoint_hash, checkpoint_step
 from .data import data_fingerprint, training_data
 from .trainer import PretrainingTrainer
@@ -107,9 +106,8 @@ def plan(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
 
 def _passes(args: PretrainingArguments, sequences: int, devices: int, steps: int) -> float:
     window = SAMWindow.resolve(args, args.max_steps)
-    acting = sum(step in window for step in range(args.first_step, args.max_steps))
     micro_batches = max(1, sequences // (args.per_device_train_batch_size * devices))
-    return 1 + acting / steps * ascent_count(args.sam_ascent_micro_batches, micro_batches) / micro_batches
+    return 1 + len(window) / steps * extra_passes(args, micro_batches)
 
 
 def model_source(model_args: ModelArguments) -> LocalModel | None:

@@ -1,6 +1,7 @@
-"""What a measurement may know of where weights live: which precision computes, and the shard that this rank holds."""
+"""Where weights and gradients are: this rank's shard, the precision that computes, what is out of reach."""
 
 import torch
+from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -40,6 +41,30 @@ def check_whole(params: dict[str, torch.Tensor], what: str) -> None:
         raise ValueError(
             f"{what} needs the whole weights on each process, but they are sharded by FSDP2. Save the model and "
             "measure it with `hf-sam evaluate`."
+        )
+
+
+def check_gradients_at_hand(accelerator, what: str, optim: str = "") -> None:
+    """Check that gradients can still be changed between the backward pass and the optimizer step.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): the accelerator in use.
+        what (`str`): what changes them, for the message.
+        optim (`str`, *optional*): name of the optimizer.
+
+    Raises:
+        ValueError: under DeepSpeed, FSDP1, and with optimizers that step in the backward pass.
+    """
+    in_backward = accelerator.has_lomo_optimizer or "lomo" in optim.lower()
+    if in_backward or accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"{what} adds to the gradients after the backward pass, but DeepSpeed and the LOMO optimizers have stepped "
+            "by then. Use DDP or FSDP2 and another optimizer, or set the strength of the penalty to 0."
+        )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError(
+            f"{what} cannot see the weights in the flat parameters of FSDP1. Use FSDP2: fsdp_config={{'version': 2}}."
         )
 
 

@@ -24,7 +24,7 @@ class SAMMetrics:
     """Running means of the `sam/...` metrics, and warnings about what they show.
 
     `sam/perturbed_loss` is the training loss at w + e, `sam/sharpness` that loss minus the one at w on the same
-    micro-batches (nats), `sam/ascent_grad_norm` the norm of the ascent gradient (ASAM: of |w| g),
+    micro-batches (nats), `sam/ascent_grad_norm` the norm that the variant divides by (SAM: of the ascent gradient),
     `sam/perturbation_kept` the share <dw, e> / ||e||^2 of the perturbation that the stored weights kept, as measured
     last (in every 16th SAM step), and `sam/skipped` the number of steps whose ascent gradient was not finite.
 

@@ -1,21 +1,17 @@
-"""The ascent step of SAM as arithmetic on fragments of the weights, the same on every backend.
+"""The ascent step as arithmetic on fragments of the weights, the same on every backend.
 
-A backend hands over `Fragment`s, the pieces of the trainable weights that live on this rank, and the mathematics
-is here once: the norm of the ascent gradient, and the move to w + e with
-
-    SAM   (Foret 2021, arXiv 2010.01412, eq. 2):   e = rho * g / ||g||
-    ASAM  (Kwon 2021, arXiv 2102.11600, eq. 8):    e = rho * |w|^2 g / || |w| g ||
-
-all in fp32. A complex weight is a pair of real ones with one modulus |w|. Nothing here waits for the
-device: a non-finite gradient becomes e = 0 by masking, not by a branch.
+A backend hands over `Fragment`s, the pieces of the trainable weights that live on this rank. Here the weights move to
+w + e, with e = rho * d / ||n|| in fp32; what d and n are, a [`~hf_sam.step.variants.Variant`] says. A complex weight is
+a pair of real ones. Nothing here waits for the device: a non-finite gradient becomes e = 0 by masking, not by a branch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from .rounding import chunks, is_low_precision, stochastic_round
+from .variants import Piece, Variant
 
 # Added to the norm, as in the paper's code: a zero gradient gives a zero perturbation instead of NaN.
 NORM_EPSILON = 1e-12
@@ -28,7 +24,7 @@ class Fragment:
     Attributes:
         name (`str`): name of the parameter.
         weight (`torch.Tensor`): the storage that the forward pass reads (or gathers from); perturbed in place.
-        master (`torch.Tensor`): where w is held exactly while `weight` is perturbed, same shape as `weight`.
+        master (`torch.Tensor`): holds w exactly while `weight` is perturbed; same shape as `weight`.
         grad (`torch.Tensor`): the ascent gradient, same shape as `weight`. It is used as scratch space.
         place (`str`): which piece of the parameter it is; replicas of a piece have the same.
         pairs (`bool`): whether the last dimension holds real and imaginary parts (`torch.view_as_real`).
@@ -41,13 +37,18 @@ class Fragment:
     place: str = ""
     pairs: bool = False
 
+    def pieces(self) -> Iterator[Piece]:
+        """The fragment in pieces small enough for fp32 copies."""
+        for master, grad in chunks(self.master, self.grad):
+            yield Piece(self.name, master, grad, self.pairs)
+
 
 @dataclass(frozen=True)
 class Perturbation:
     """What `Backend.perturb` did, as tensors that were not read yet.
 
     Attributes:
-        norm (`torch.Tensor`): ||g|| (ASAM: ||w g||) over all shards, fp32, shape `()`.
+        norm (`torch.Tensor`): ||n|| (SAM: ||g||) over all shards, fp32, shape `()`.
         finite (`torch.Tensor`): bool, shape `()`; False if the ascent gradient held inf or NaN on any rank, in
             which case the weights were left as they were.
         kept (`torch.Tensor` or `None`): <dw, e> / ||e||^2, the share of e that the weights really moved by, fp32,
@@ -60,75 +61,44 @@ class Perturbation:
 
 
 @torch.no_grad()
-def squared_norms(fragments: list[Fragment], adaptive: bool) -> list[torch.Tensor]:
-    """||g||^2 (ASAM: || |w| g ||^2) of each fragment, fp32, each of shape `()`."""
-    if adaptive:
-        return [_squared_norm_adaptive(fragment) for fragment in fragments]
-    return [
-        torch.linalg.vector_norm(fragment.grad, dtype=_at_least_fp32(fragment.grad.dtype)).square()
-        for fragment in fragments
-    ]
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(torch.float32, dtype)
-
-
-def _squared_norm_adaptive(fragment: Fragment) -> torch.Tensor:
-    pieces = []
-    for weight, grad in chunks(fragment.master, fragment.grad):
-        weight = weight.to(grad.device, _at_least_fp32(weight.dtype))
-        if fragment.pairs:
-            pieces.append((_squared(weight, pairs=True) * grad.to(weight.dtype).square()).sum())
-        else:
-            pieces.append(torch.linalg.vector_norm(weight * grad.to(weight.dtype)).square())
-    return torch.stack(pieces).sum()
-
-
-def _squared(weight: torch.Tensor, pairs: bool) -> torch.Tensor:
-    """|w|^2, of the shape of `weight`."""
-    squares = weight.square()
-    if not pairs:
-        return squares
-    return squares.view(-1, 2).sum(dim=1, keepdim=True).expand(-1, 2).reshape(squares.shape)
+def squared_norms(fragments: list[Fragment], variant: Variant) -> list[torch.Tensor]:
+    """||n||^2 of each fragment, at least fp32, each of shape `()`."""
+    return [_added([variant.squared_norm(piece) for piece in fragment.pieces()]) for fragment in fragments]
 
 
 def ascent_scale(rho: float, norm: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
-    """rho / ||g||, or 0 where the gradient is not finite; fp32, shape `()`."""
+    """rho / ||n||, or 0 where the gradient is not finite; shape `()`."""
     return torch.where(finite, rho / (norm + NORM_EPSILON), torch.zeros_like(norm))
 
 
 @torch.no_grad()
 def apply(
     fragments: list[Fragment],
+    variant: Variant,
     scale: torch.Tensor,
     finite: torch.Tensor,
-    adaptive: bool,
-    noise: Callable[[Fragment], torch.Generator] | None,
-    measure: bool,
+    noise: Callable[[Fragment], torch.Generator],
+    measure: bool = False,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Write w + e into the weights of all fragments, e = scale * g (ASAM: scale * |w|^2 g).
+    """Write w + e into the weights of all fragments, e = scale * d.
 
     Args:
         fragments (`list[Fragment]`): the pieces of the weights on this rank; their gradients are overwritten.
+        variant ([`~hf_sam.step.variants.Variant`]): says what d is.
         scale (`torch.Tensor`): result of [`ascent_scale`].
         finite (`torch.Tensor`): bool, shape `()`; e = 0 where False.
-        adaptive (`bool`): ASAM instead of SAM.
-        noise (`Callable` or `None`): gives the generator for a fragment that needs stochastic rounding; `None`
-            rounds to nearest (which loses the perturbation; kept for comparison).
-        measure (`bool`): whether to compute what of e the weights kept.
+        noise (`Callable`): gives the generator for a fragment that needs stochastic rounding.
+        measure (`bool`, defaults to `False`): whether to compute what of e the weights kept.
 
     Returns:
         `list[tuple[torch.Tensor, torch.Tensor]]`: <dw, e> and ||e||^2 of each fragment, in their order, if
         `measure`; else empty.
     """
-    fast = [fragment for fragment in fragments if _is_plain_fp32(fragment)]
-    if fast:
-        _perturb_fp32(fast, scale, finite, adaptive)
+    _perturb_fp32([fragment for fragment in fragments if _is_plain_fp32(fragment)], variant, scale, finite)
     moved = []
     for fragment in fragments:
         if not _is_plain_fp32(fragment):
-            moved.append(_perturb_mixed(fragment, scale, finite, adaptive, noise, measure))
+            moved.append(_perturb_mixed(fragment, variant, scale, finite, noise, measure))
         elif measure:
             pieces = chunks(fragment.weight, fragment.master, fragment.grad)
             moved.append(_add_up(_projection(*piece) for piece in pieces))
@@ -140,44 +110,39 @@ def _is_plain_fp32(fragment: Fragment) -> bool:
     return all(t.dtype == torch.float32 and t.device == fragment.weight.device for t in tensors)
 
 
-def _perturb_fp32(fragments, scale, finite, adaptive):
+def _perturb_fp32(fragments, variant, scale, finite):
     """All-fp32 fragments take a handful of fused kernels and no scratch memory: the gradients turn into e."""
     for device in {fragment.weight.device for fragment in fragments}:
         here = [fragment for fragment in fragments if fragment.weight.device == device]
-        grads = [fragment.grad for fragment in here]
-        if adaptive:
-            masters = [_modulus(fragment) for fragment in here]
-            torch._foreach_mul_(grads, masters)
-            torch._foreach_mul_(grads, masters)
-        torch._foreach_mul_(grads, scale.to(device))
-        blocked = ~finite.to(device)
-        for grad in grads:
-            # 0 * inf is NaN, so a zero scale alone would not cancel a non-finite gradient.
-            grad.masked_fill_(blocked, 0.0)
-        torch._foreach_add_([fragment.weight for fragment in here], grads)
+        pieces = [Piece(fragment.name, fragment.master, fragment.grad, fragment.pairs) for fragment in here]
+        variant.turn(pieces)
+        ascent = [piece.gradient for piece in pieces]
+        _scale(ascent, scale.to(device), ~finite.to(device))
+        torch._foreach_add_([fragment.weight for fragment in here], ascent)
 
 
-def _modulus(fragment: Fragment) -> torch.Tensor:
-    """|w|, or what has its square."""
-    return _squared(fragment.master, pairs=True).sqrt() if fragment.pairs else fragment.master
+def _scale(ascent: list[torch.Tensor], scale: torch.Tensor, blocked: torch.Tensor) -> None:
+    torch._foreach_mul_(ascent, scale)
+    for tensor in ascent:
+        # 0 * inf is NaN, so a zero scale alone would not cancel a non-finite gradient.
+        tensor.masked_fill_(blocked, 0.0)
 
 
-def _perturb_mixed(fragment, scale, finite, adaptive, noise, measure):
+def _perturb_mixed(fragment, variant, scale, finite, noise, measure):
     """Fragments with a 16-bit or an offloaded member go through fp32 scratch chunks on the device of the gradient."""
     moved = []
     # Where w is held in fp32, the cast below already dithers e by the spread of w; only a weight that is its own
     # master would round e away.
-    dither = noise is not None and is_low_precision(fragment.master.dtype)
+    dither = is_low_precision(fragment.master.dtype)
     device = fragment.grad.device
     scale, blocked = scale.to(device), ~finite.to(device)
     generator = noise(fragment) if dither else None
     for weight, master, grad in chunks(fragment.weight, fragment.master, fragment.grad):
-        exact = master.to(device, _at_least_fp32(master.dtype))
-        ascent = grad.to(exact.dtype) * scale
-        if adaptive:
-            ascent.mul_(_squared(exact, pairs=True)) if fragment.pairs else ascent.mul_(exact).mul_(exact)
-        ascent.masked_fill_(blocked, 0.0)
-        target = exact + ascent
+        piece = Piece(fragment.name, master, grad, fragment.pairs)
+        variant.turn([piece])
+        ascent = piece.gradient
+        _scale([ascent], scale, blocked)
+        target = piece.weight + ascent
         # Rounded before it travels: where the masters are offloaded, half of the bytes cross the bus.
         rounded = stochastic_round(target, weight.dtype, generator) if dither else target.to(weight.dtype)
         weight.copy_(rounded)
@@ -187,7 +152,7 @@ def _perturb_mixed(fragment, scale, finite, adaptive, noise, measure):
 
 
 def _projection(after, before, ascent):
-    dtype = _at_least_fp32(after.dtype)
+    dtype = torch.promote_types(torch.float32, after.dtype)
     change = (after.to(ascent.device, dtype) - before.to(ascent.device, dtype)).flatten()
     ascent = ascent.to(dtype).flatten()
     # Shares of one number, so that they may be added up and reduced together whatever the precision of the weights.
@@ -197,3 +162,7 @@ def _projection(after, before, ascent):
 def _add_up(pairs):
     along, length = zip(*pairs, strict=True)
     return torch.stack(along).sum(), torch.stack(length).sum()
+
+
+def _added(values: list[torch.Tensor]) -> torch.Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum()

@@ -1,7 +1,7 @@
 """The SAM step in its plainest form: one process, fp32, nothing clever. The oracle of the tests.
 
 Read it against Foret et al. (arXiv 2010.01412, algorithm 1) or Kwon et al. (arXiv 2102.11600, algorithm 1). It is slow
-and keeps every intermediate value; training goes through [`SAMTrainer`].
+and keeps every intermediate value; training goes through [`~hf_sam.SAMTrainer`].
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +9,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+# w or g by the name of the parameter.
+Vectors = dict[str, torch.Tensor]
+
+
+def sam(w: Vectors, g: Vectors, rho: float) -> tuple[Vectors, torch.Tensor]:
+    """e = rho * g / ||g|| (Foret et al., arXiv 2010.01412, eq. 2), and ||g||."""
+    norm = _norm(g)
+    return {name: rho * g[name] / (norm + 1e-12) for name in g}, norm
+
+
+def asam(w: Vectors, g: Vectors, rho: float) -> tuple[Vectors, torch.Tensor]:
+    """e = rho * |w|^2 g / || |w| g || (Kwon et al., arXiv 2102.11600, eq. 8), and || |w| g ||."""
+    norm = _norm({name: w[name].abs() * g[name] for name in g})
+    return {name: rho * w[name].abs() ** 2 * g[name] / (norm + 1e-12) for name in g}, norm
+
+
+def _norm(vectors: Vectors) -> torch.Tensor:
+    return torch.sqrt(sum((vector.abs() ** 2).sum() for vector in vectors.values()))
+
+
+# The plain version of each variant of `hf_sam.step.variants`.
+PERTURBATIONS: dict[str, Callable[[Vectors, Vectors, float], tuple[Vectors, torch.Tensor]]] = {"sam": sam, "asam": asam}
 
 
 @dataclass(frozen=True)
@@ -18,7 +41,7 @@ class ReferenceStep:
     Attributes:
         loss (`float`): loss at w, over the micro-batches of the ascent pass.
         perturbed_loss (`float`): loss at w + e, over the same micro-batches.
-        ascent_grad_norm (`float`): ||g|| (ASAM: ||w g||).
+        ascent_grad_norm (`float`): the norm that the variant divides by; SAM: ||g||.
     """
 
     loss: float
@@ -31,7 +54,7 @@ def sam_step(
     micro_batches: Sequence[Any],
     loss_of: Callable[[torch.nn.Module, Any], torch.Tensor],
     rho: float,
-    adaptive: bool = False,
+    variant: str = "sam",
     ascent_micro_batches: int | None = None,
     perturbed_names: set[str] | None = None,
 ) -> ReferenceStep:
@@ -43,7 +66,7 @@ def sam_step(
         loss_of (`Callable`): loss of a micro-batch, shape `()`; the losses of all micro-batches add up to the loss of
             the step.
         rho (`float`): radius of the perturbation.
-        adaptive (`bool`, defaults to `False`): ASAM instead of SAM.
+        variant (`str`, defaults to `"sam"`): name of the perturbation in `PERTURBATIONS`.
         ascent_micro_batches (`int`, *optional*): take g over the first so many micro-batches only.
         perturbed_names (`set[str]`, *optional*): names of the parameters to perturb; all trainable ones if omitted.
     """
@@ -68,10 +91,7 @@ def sam_step(
     losses = accumulate_gradient(micro_batches[:k])
     g = {name: trainable[name].grad for name in perturbed_names if trainable[name].grad is not None}
 
-    # e = rho * g / ||g||, or e = rho * |w|^2 g / || |w| g ||.
-    scaled = {name: w[name].abs() * grad if adaptive else grad for name, grad in g.items()}
-    norm = torch.sqrt(sum((s.abs() ** 2).sum() for s in scaled.values()))
-    e = {name: rho * (w[name].abs() * s if adaptive else s) / (norm + 1e-12) for name, s in scaled.items()}
+    e, norm = PERTURBATIONS[variant](w, g, rho)
 
     # Descent pass: grad L(w + e), left in the parameters.
     with torch.no_grad():

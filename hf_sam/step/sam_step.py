@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
+from .argument_checks import check_kinds, described
 from .backends import Backend, select_backend
 from .counts import ascent_count, check_count
 from .loss_scale import scalers_used
 from .metrics import SAMMetrics
 from .perturbation import Perturbation
 from .replay import KeptInputs, World, WorldState, muted
+from .variants import get_variant
 
 
 @dataclasses.dataclass
@@ -60,7 +61,9 @@ class SAMStep:
         optimizer (`torch.optim.Optimizer` or a list of them, *optional*): the optimizers that step after this one. All
             that they train climbs, also what is not in `model` (the weights of a loss), and nothing else does. When
             omitted, those prepared optimizers that train parameters of `model`.
-        adaptive (`bool`, *optional*, defaults to `False`): ASAM (arXiv 2102.11600, eq. 8).
+        variant (`str`, *optional*, defaults to `"sam"`): what the perturbation is, a name in
+            [`hf_sam.step.variants`](~hf_sam.step.variants): `"sam"` (arXiv 2010.01412) or `"asam"` (arXiv 2102.11600),
+            whose rho is on another scale.
         ascent_micro_batches (`float`, *optional*): over how many micro-batches of the step the ascent gradient is
             taken, or which share of them if below 1. All of them when omitted.
         ascent_sync (`str`, *optional*, defaults to `"global"`): `"local"`: each DDP replica climbs along the gradient
@@ -92,7 +95,7 @@ class SAMStep:
         rho: float,
         *,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-        adaptive: bool = False,
+        variant: str = "sam",
         ascent_micro_batches: float | None = None,
         ascent_sync: str = "global",
         target_modules: list[str] | None = None,
@@ -101,7 +104,7 @@ class SAMStep:
         perturbed_context: Callable[[bool], contextlib.AbstractContextManager] | None = None,
         world: Callable[[torch.nn.Module], World] = World,
     ):
-        _check_kinds(accelerator, model, optimizer)
+        check_kinds(accelerator, model, optimizer)
         check_count("ascent_micro_batches", ascent_micro_batches, zero_allowed=False)
         if ascent_sync not in ("global", "local"):
             raise ValueError(f"ascent_sync={ascent_sync!r} must be 'global' or 'local'.")
@@ -115,7 +118,7 @@ class SAMStep:
         self.backend = select_backend(
             accelerator,
             model,
-            adaptive=adaptive,
+            variant=get_variant(variant),
             ascent_sync=ascent_sync,
             target=target_modules,
             exclude=exclude_modules,
@@ -136,7 +139,7 @@ class SAMStep:
     @rho.setter
     def rho(self, value: float):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            raise TypeError(f"rho is the radius of the perturbation, a number, but got {_described(value)}.")
+            raise TypeError(f"rho is the radius of the perturbation, a number, but got {described(value)}.")
         if not 0 <= value < float("inf"):
             raise ValueError(f"rho={value} must be a finite number, 0 or larger.")
         self._rho = value
@@ -170,7 +173,7 @@ class SAMStep:
         if not callable(forward_backward):
             raise TypeError(
                 "A SAMStep is called with the function that computes loss and gradient, and then with its inputs, but "
-                f"got {_described(forward_backward)} first."
+                f"got {described(forward_backward)} first."
             )
         last = self._accelerator.sync_gradients
         if self.rho == 0 and not self._window:
@@ -265,11 +268,12 @@ class SAMStep:
 
     def state_dict(self) -> dict:
         """What a resumed run needs."""
-        return {"step": self.step, "acted": self.acted}
+        return {"step": self.step, "acted": self.acted, "variant": self.backend.variant.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict`."""
         self.step, self.acted = state["step"], state["acted"]
+        self.backend.variant.load_state_dict(state["variant"])
 
     @contextlib.contextmanager
     def _undone_after_error(self):
@@ -372,26 +376,7 @@ class SAMStep:
         if not isinstance(loss, torch.Tensor) or loss.ndim > 0:
             raise TypeError(
                 "The function given to a SAMStep must return the share of the loss that its micro-batch has, a tensor "
-                f"of shape (), but returned {_described(loss)}."
+                f"of shape (), but returned {described(loss)}."
             )
         # Cloned, because a CUDA graph overwrites its output in its next run.
         return loss.detach().clone()
-
-
-def _check_kinds(accelerator, model, optimizer) -> None:
-    """Raises TypeError for arguments in another order than they are expected in."""
-    for name, value, kind in (("accelerator", accelerator, Accelerator), ("model", model, torch.nn.Module)):
-        if not isinstance(value, kind):
-            raise TypeError(
-                f"SAMStep(accelerator, model, rho): {name} must be a {kind.__name__}, but got {_described(value)}."
-            )
-    optimizers = [optimizer] if optimizer is None or not isinstance(optimizer, list | tuple) else optimizer
-    for value in optimizers:
-        if value is not None and not hasattr(value, "param_groups"):
-            raise TypeError(f"SAMStep: optimizer must be an optimizer or a list of them, but got {_described(value)}.")
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"{value!r}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"

@@ -38,7 +38,7 @@ class Case:
         }
 
 
-ASAM = {"sam_rho": 0.5, "sam_adaptive": True}
+ASAM = {"sam_rho": 0.5, "sam_variant": "asam"}
 TARGETED = {"sam_rho": 0.05, "sam_target_modules": [r"mlp", r"norm"], "sam_exclude_modules": [r"layers\.0\.mlp\.up"]}
 
 CASES = (

@@ -38,7 +38,7 @@ def trajectory(case: Case, replicas: int = 1) -> dict:
                     parts,
                     lambda m, batch, tokens=tokens: _loss(m, batch) / tokens,
                     rho=case.sam["sam_rho"],
-                    adaptive=case.sam.get("sam_adaptive", False),
+                    variant=case.sam.get("sam_variant", "sam"),
                     ascent_micro_batches=case.sam.get("sam_ascent_micro_batches"),
                     perturbed_names=names,
                 )

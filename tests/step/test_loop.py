@@ -21,7 +21,7 @@ def setup(rho=0.05, accumulation=ACCUMULATION, model=None, **kwargs):
     return accelerator, model, optimizer, batches, SAMStep(accelerator, model, rho, **kwargs)
 
 
-def by_hand(rho=0.05, adaptive=False, ascent=None):
+def by_hand(rho=0.05, variant="sam", ascent=None):
     """The same run with the plain reference step."""
     model = olmo2().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
@@ -29,7 +29,7 @@ def by_hand(rho=0.05, adaptive=False, ascent=None):
     losses = []
     for i in range(0, len(batches), ACCUMULATION):
         window = batches[i : i + ACCUMULATION]
-        result = sam_step(model, window, lambda m, b: m(**b).loss / ACCUMULATION, rho, adaptive, ascent)
+        result = sam_step(model, window, lambda m, b: m(**b).loss / ACCUMULATION, rho, variant, ascent)
         optimizer.step()
         losses.append(result.loss)
     return losses, model
@@ -46,7 +46,7 @@ def distance(model, other) -> float:
     ("settings", "oracle"),
     [
         ({}, {}),
-        ({"adaptive": True, "rho": 0.5}, {"adaptive": True, "rho": 0.5}),
+        ({"variant": "asam", "rho": 0.5}, {"variant": "asam", "rho": 0.5}),
         ({"ascent_micro_batches": 0.5}, {"ascent": 1}),
     ],
     ids=["sam", "asam", "half"],

@@ -257,10 +257,10 @@ def complex_loss(model, x):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_complex_weights_climb_as_pairs_of_real_ones(adaptive, dtype):
+@pytest.mark.parametrize("variant", ["sam", "asam"])
+def test_complex_weights_climb_as_pairs_of_real_ones(variant, dtype):
     model, other = Complex(dtype), Complex(dtype)
-    sam = SAMStep(Accelerator(cpu=True), model, 0.1, adaptive=adaptive)
+    sam = SAMStep(Accelerator(cpu=True), model, 0.1, variant=variant)
     climbed = []
 
     def forward_backward(x):
@@ -271,7 +271,7 @@ def test_complex_weights_climb_as_pairs_of_real_ones(adaptive, dtype):
 
     before = model.turn.detach().clone()
     sam(forward_backward, X[0])
-    expected = sam_step(other, [X[0]], complex_loss, 0.1, adaptive=adaptive)
+    expected = sam_step(other, [X[0]], complex_loss, 0.1, variant=variant)
     metrics = sam.pop_metrics()
     assert metrics["sam/ascent_grad_norm"] == pytest.approx(expected.ascent_grad_norm, rel=1e-5)
     assert metrics["sam/perturbation_kept"] == pytest.approx(1.0, abs=1e-4)
@@ -297,7 +297,7 @@ def test_the_adaptive_perturbation_turns_with_the_phase_of_a_complex_weight():
             loss.backward()
             return loss.detach()
 
-        SAMStep(Accelerator(cpu=True), model, 0.5, adaptive=True)(forward_backward, None)
+        SAMStep(Accelerator(cpu=True), model, 0.5, variant="asam")(forward_backward, None)
         return (seen[1] - seen[0]) * torch.exp(torch.tensor(-1j * phase))
 
     torch.testing.assert_close(climbed(0.0), climbed(1.2), rtol=1e-4, atol=1e-6)

@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_sam.step.backends import select_backend
+from hf_sam.step.variants import get_variant
 
 RHO = 0.3
 
@@ -20,15 +21,15 @@ def flat(tensors):
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("variant", ["sam", "asam"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_weights_move_by_e_and_come_back(adaptive, dtype):
+def test_weights_move_by_e_and_come_back(variant, dtype):
     model = model_with_gradients(dtype)
     w, g = flat(model.parameters()), flat(p.grad for p in model.parameters())
-    norm = (w * g).norm() if adaptive else g.norm()
-    e = RHO * (w * w * g if adaptive else g) / norm
+    norm = (w * g).norm() if variant == "asam" else g.norm()
+    e = RHO * (w * w * g if variant == "asam" else g) / norm
 
-    backend = select_backend(Accelerator(cpu=True), model, adaptive=adaptive)
+    backend = select_backend(Accelerator(cpu=True), model, variant=get_variant(variant))
     done = backend.perturb(RHO, measure=True)
     # Weights below 1 are rounded by 3e-8, and so are the factors of e.
     torch.testing.assert_close(flat(model.parameters()), w + e, rtol=0, atol=2e-7)

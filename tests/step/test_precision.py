@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from toy import olmo2, step_logs, trainer
 
 from hf_sam import SAMTrainer
+from hf_sam.step import perturbation
 from hf_sam.step.backends import select_backend
 
 
@@ -27,18 +28,22 @@ class Wide(torch.nn.Module):
 RHO = 0.02
 
 
-def kept_by(dtype, stochastic_rounding, step=0):
-    backend = select_backend(Accelerator(cpu=True), Wide(dtype), stochastic_rounding=stochastic_rounding)
+def kept_by(dtype, step=0):
+    backend = select_backend(Accelerator(cpu=True), Wide(dtype))
     return backend.perturb(RHO, step=step, measure=True).kept.item()
 
 
+def round_to_nearest(monkeypatch):
+    monkeypatch.setattr(perturbation, "stochastic_round", lambda values, dtype, generator: values.to(dtype))
+
+
 def test_stochastic_rounding_keeps_the_perturbation_of_bf16_weights_on_average():
-    kept = [kept_by(torch.bfloat16, True, step) for step in range(5)]
+    kept = [kept_by(torch.bfloat16, step) for step in range(5)]
     assert sum(kept) / len(kept) == pytest.approx(1.0, abs=0.05)
     assert len(set(kept)) == len(kept)  # another draw in every step
 
 
-def test_rounding_to_nearest_swallows_it():
+def test_rounding_to_nearest_swallows_it(monkeypatch):
     class Far(Wide):
         """Weights that are far from zero for their gradient: 0.5 has a spacing of 2e-3 in bf16."""
 
@@ -46,19 +51,20 @@ def test_rounding_to_nearest_swallows_it():
             super().__init__(dtype)
             self.weight.data.copy_((0.5 + self.weight.float()).to(dtype))
 
-    nearest = select_backend(Accelerator(cpu=True), Far(torch.bfloat16), stochastic_rounding=False)
-    assert abs(nearest.perturb(RHO, measure=True).kept.item()) < 0.01
     stochastic = select_backend(Accelerator(cpu=True), Far(torch.bfloat16))
     assert stochastic.perturb(RHO, measure=True).kept.item() == pytest.approx(1.0, abs=0.05)
-    assert kept_by(torch.bfloat16, False) < 0.75
+    round_to_nearest(monkeypatch)
+    nearest = select_backend(Accelerator(cpu=True), Far(torch.bfloat16))
+    assert abs(nearest.perturb(RHO, measure=True).kept.item()) < 0.01
+    assert kept_by(torch.bfloat16) < 0.75
 
 
 def test_fp16_weights_keep_it_too():
-    assert kept_by(torch.float16, True) == pytest.approx(1.0, abs=0.05)
+    assert kept_by(torch.float16) == pytest.approx(1.0, abs=0.05)
 
 
 def test_fp32_weights_keep_all_of_it():
-    assert kept_by(torch.float32, True) == pytest.approx(1.0, abs=1e-4)
+    assert kept_by(torch.float32) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_bf16_weights_are_restored_bit_for_bit_and_the_global_stream_is_left_alone():
@@ -87,19 +93,14 @@ def test_fp32_training_does_not_warn(tmp_path, caplog):
     assert "16-bit" not in caplog.text
 
 
-def test_a_lost_perturbation_is_warned_about(tmp_path, caplog):
-    class RoundsToNearest(SAMTrainer):
-        def _sam_for(self, model):
-            sam = super()._sam_for(model)
-            sam.backend.stochastic_rounding = False
-            return sam
-
+def test_a_lost_perturbation_is_warned_about(tmp_path, caplog, monkeypatch):
+    round_to_nearest(monkeypatch)
     model = olmo2(dtype=torch.bfloat16)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(1.0)
     with caplog.at_level(logging.WARNING, logger="hf_sam"):
-        trainer(tmp_path, model=model, trainer_class=RoundsToNearest, sam_rho=1e-3, max_steps=1).train()
+        trainer(tmp_path, model=model, sam_rho=1e-3, max_steps=1).train()
     assert "lost in their rounding" in caplog.text
 
 

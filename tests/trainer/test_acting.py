@@ -27,7 +27,7 @@ def warnings_of(caplog, run) -> str:
         ({"sam_start_steps": 10, "sam_end_steps": 20}, "SAM never acts in this run"),
         ({"sam_interval": 8}, "SAM acts in one step of this run only: sam_interval=8 is longer"),
         ({"sam_rho": 0.0, "sam_interval": 2}, "SAM is off: sam_rho is 0, so sam_interval has no effect"),
-        ({"sam_rho": 0.0, "sam_adaptive": True, "sam_end_steps": 2}, "sam_adaptive, sam_end_steps have no effect"),
+        ({"sam_rho": 0.0, "sam_variant": "asam", "sam_end_steps": 2}, "sam_variant, sam_end_steps have no effect"),
     ],
 )
 def test_settings_without_effect_are_told_once(tmp_path, caplog, settings, message):

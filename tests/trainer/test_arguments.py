@@ -33,7 +33,7 @@ from hf_sam import SAMArguments, SAMTrainingArguments, with_sam
         ("sam_rho", True),
         ("sam_rho", "much"),
         ("sam_rho", None),
-        ("sam_adaptive", "false"),
+        ("sam_variant", "asma"),
     ],
 )
 def test_value_out_of_range_is_refused_by_name(tmp_path, field, value):
@@ -77,12 +77,12 @@ def test_annealing_contradicts_its_own_keys_in_scheduler_kwargs(tmp_path, kwargs
 def test_flags_parse_on_the_command_line(tmp_path):
     parser = HfArgumentParser(SAMTrainingArguments)
     command = (
-        f"--output_dir {tmp_path} --sam_rho 0.05 --sam_adaptive --sam_start_steps 0.9 --sam_interval 2 "
+        f"--output_dir {tmp_path} --sam_rho 0.05 --sam_variant asam --sam_start_steps 0.9 --sam_interval 2 "
         "--sam_ascent_micro_batches 2 --sam_ascent_sync local --sam_target_modules mlp norm --anneal_steps 100 "
         "--anneal_type 1-sqrt --sam_phase anneal"
     )
     (args,) = parser.parse_args_into_dataclasses(command.split())
-    assert (args.sam_rho, args.sam_adaptive, args.sam_start_steps, args.sam_interval) == (0.05, True, 0.9, 2)
+    assert (args.sam_rho, args.sam_variant, args.sam_start_steps, args.sam_interval) == (0.05, "asam", 0.9, 2)
     assert (args.sam_ascent_micro_batches, args.sam_ascent_sync) == (2, "local")
     assert (args.sam_target_modules, args.anneal_steps) == (["mlp", "norm"], 100)
     assert (args.anneal_type, args.sam_phase) == ("1-sqrt", "anneal")

@@ -80,7 +80,7 @@ def test_what_sft_can_do_keeps_working(tmp_path, data, settings):
 
 
 def test_asam_follows_sam_by_hand(tmp_path):
-    sam = build("sft", tmp_path, with_sam, sam_rho=0.5, sam_adaptive=True)
+    sam = build("sft", tmp_path, with_sam, sam_rho=0.5, sam_variant="asam")
     assert_follows(sam, build("sft", tmp_path), rho=0.5, adaptive=True)
 
 

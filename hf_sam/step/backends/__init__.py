@@ -5,7 +5,7 @@ from accelerate.utils import DistributedType
 from .base import Backend
 from .local import LocalBackend
 
-__all__ = ["Backend", "LocalBackend", "check_supported", "select_backend"]
+__all__ = ["Backend", "LocalBackend", "check_supported", "has_own_scheduler", "select_backend"]
 
 
 def select_backend(accelerator, model, **kwargs) -> Backend:
@@ -71,6 +71,12 @@ def check_supported(accelerator, ascent_sync: str = "global") -> None:
                 f"SAM is not supported with `{name}_size` > 1 in the parallelism config: replaying a micro-batch that "
                 "is split over ranks has not been shown to be exact. Use data parallelism (DDP, FSDP2 or ZeRO)."
             )
+
+
+def has_own_scheduler(accelerator) -> bool:
+    """Whether the engine makes the learning-rate schedule, from a config of its own."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and "scheduler" in plugin.deepspeed_config
 
 
 def _check_deepspeed(plugin) -> None:

@@ -16,6 +16,7 @@ A subclass says where weights, exact copies and gradients are, and how to add a 
 the weights out between them.
 """
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
@@ -26,16 +27,17 @@ from .. import perturbation
 from ..parameters import check_perturbable, count_hooks, select_names, trainable_parameters
 from ..perturbation import Fragment, Perturbation
 from ..rounding import is_low_precision
+from ..variants import Variant, get_variant
 from ..weight_caches import WeightCaches
 
 
-class Backend:
+class Backend(abc.ABC):
     """Perturbs and restores the trainable weights of one prepared model, and of what trains together with it.
 
     Args:
         accelerator (`accelerate.Accelerator`): the accelerator that prepared `model`.
         model (`torch.nn.Module`): the prepared model, as the training loop calls it.
-        adaptive (`bool`, defaults to `False`): ASAM instead of SAM.
+        variant ([`~hf_sam.step.variants.Variant`], *optional*): what e is; SAM when omitted.
         ascent_sync (`str`, defaults to `"global"`): `"global"`, or `"local"` where each replica climbs on its own
             gradient (m-sharpness).
         target (`list[str]`, *optional*): regular expressions of the parameters to perturb; all when omitted.
@@ -45,8 +47,6 @@ class Backend:
         companions (`Callable[[], list[torch.nn.Module]]`, *optional*): tells the modules beside `model` that the loop
             calls.
         seed (`int`, defaults to 0): seed of the stochastic rounding of 16-bit weights.
-        stochastic_rounding (`bool`, defaults to `True`): `False` rounds the perturbation of 16-bit weights to
-            nearest, which swallows it; only good for showing that it does.
 
     Attributes:
         models (`list[torch.nn.Module]`): `model`, and other models that own parameters of `outside`.
@@ -62,22 +62,20 @@ class Backend:
         accelerator,
         model: torch.nn.Module,
         *,
-        adaptive: bool = False,
+        variant: Variant | None = None,
         ascent_sync: str = "global",
         target: list[str] | None = None,
         exclude: list[str] | None = None,
         outside: Callable[["Backend"], dict[str, torch.Tensor]] = lambda backend: {},
         companions: Callable[[], list[torch.nn.Module]] = list,
         seed: int = 0,
-        stochastic_rounding: bool = True,
     ):
         self.accelerator = accelerator
         self.model = model
         self.models = [model]
-        self.adaptive = adaptive
+        self.variant = get_variant("sam") if variant is None else variant
         self.ascent_sync = ascent_sync
         self.seed = seed
-        self.stochastic_rounding = stochastic_rounding
         self._target = target
         self._exclude = exclude
         self._find_outside = outside
@@ -186,15 +184,15 @@ class Backend:
             [`~hf_sam.step.perturbation.Perturbation`]: norm and checks, as tensors on the device.
         """
         fragments = self._fragments()
-        norm = self._total(fragments, perturbation.squared_norms(fragments, self.adaptive)).sqrt()
+        norm = self._total(fragments, perturbation.squared_norms(fragments, self.variant)).sqrt()
         finite = self._agree(torch.isfinite(norm))
         fragments = self._hold(fragments)
         moved = perturbation.apply(
             fragments,
+            self.variant,
             perturbation.ascent_scale(rho, norm, finite),
             finite,
-            self.adaptive,
-            self._noise(step) if self.stochastic_rounding else None,
+            self._noise(step),
             measure,
         )
         self._publish()
@@ -242,19 +240,19 @@ class Backend:
 
     # What a subclass has to say.
 
+    @abc.abstractmethod
     def _fragments(self) -> list[Fragment]:
         """The selected weights on this rank that have a gradient; `master` may still be the weight itself."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _restore(self, after_error: bool) -> None:
         """See [`Backend.restore`]."""
-        raise NotImplementedError
 
     def _hold(self, fragments: list[Fragment]) -> list[Fragment]:
         """The same fragments with masters that keep w while the weights are perturbed."""
         return fragments
 
-    def _publish(self) -> None:
+    def _publish(self) -> None:  # noqa: B027  (nothing to do where no weight is sharded)
         """Bring perturbed shards to whoever computes with them."""
 
     def _total(self, fragments: list[Fragment], values: list[torch.Tensor]) -> torch.Tensor:

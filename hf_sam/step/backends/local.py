@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ...runtime.sharding import local_piece
 from ..perturbation import Fragment
 from .base import Backend
 from .ddp import check_replicas, joins_uneven_inputs, replayed_hook_states
@@ -63,7 +64,7 @@ class LocalBackend(Backend):
 
     def room_for_copies(self):
         # As much as the copy of the weights takes in the descent pass.
-        return sum(_local(param).nbytes for param in self.selected.values())
+        return sum(local_piece(param).nbytes for param in self.selected.values())
 
     def runs_uneven_inputs(self):
         return any(joins_uneven_inputs(model) for model in self.models)
@@ -97,7 +98,7 @@ class LocalBackend(Backend):
                 place = _place(param)
             elif grad.is_sparse:
                 grad = grad.to_dense()
-            weight, pairs = _local(param), param.is_complex()
+            weight, pairs = local_piece(param), param.is_complex()
             if pairs:
                 weight, grad = torch.view_as_real(weight), torch.view_as_real(grad.resolve_conj())
             fragments.append(Fragment(name=name, weight=weight, master=weight, grad=grad, place=place, pairs=pairs))
@@ -172,11 +173,6 @@ class LocalBackend(Backend):
         verdict = finite.to(torch.int32)
         dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
         return verdict.bool()
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The piece of `tensor` on this rank, sharing its storage."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _shard_groups(param: torch.Tensor) -> tuple:

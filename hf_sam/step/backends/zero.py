@@ -8,6 +8,7 @@ The optimizer's fp32 masters hold w exactly and are never touched by the perturb
 rewrites the 16-bit weights, so after a normal step there is nothing to restore and nothing was copied.
 """
 
+import abc
 import contextlib
 import itertools
 import time
@@ -135,13 +136,13 @@ class ZeroBackend(Backend):
     def _before_engine_step(self) -> None:
         """Last moment before the optimizer reads its masters."""
 
+    @abc.abstractmethod
     def _put_back(self) -> None:
         """Rewrite the weights of all ranks from what holds w exactly; a collective."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _reset_accumulation(self) -> None:
         """Make the optimizer forget the ascent gradients, as its own step would."""
-        raise NotImplementedError
 
 
 # Counts the errors of this process, so that each has a key of its own in the store, across backends.

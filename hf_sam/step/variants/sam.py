@@ -1,0 +1,19 @@
+"""SAM: climb along the gradient (Foret et al. 2021, arXiv 2010.01412)."""
+
+import torch
+
+from .base import Variant
+
+
+class SAM(Variant):
+    r"""\\(e = \rho g / \|g\|\\): the direction and the norm are those of the gradient itself."""
+
+    name = "sam"
+    equation = "e = rho * g / ||g||"
+    source = "arXiv 2010.01412, eq. 2"
+
+    def squared_norm(self, piece):
+        return torch.linalg.vector_norm(piece.gradient).square()
+
+    def turn(self, pieces):
+        pass  # d = g
