@@ -154,6 +154,16 @@ class SAMArguments:
         """Say that a trainer with SAM uses these arguments."""
         self._claimed_by_sam = True
 
+    def layout_dependence(self) -> dict:
+        """Settings of the hardware layout on which a run with SAM depends, because its ascent gradient does, by name.
+
+        A climb on the gradient of each replica, or of some micro-batches, is another one on other processes or with
+        other micro-batches; for the gradient of the global batch the result is empty.
+        """
+        if self.sam_rho > 0 and (self.sam_ascent_sync == "local" or self.sam_ascent_micro_batches is not None):
+            return {"world_size": self.world_size, "per_device_train_batch_size": self.per_device_train_batch_size}
+        return {}
+
     def unused_sam_fields(self) -> list[str]:
         """Names of the SAM fields that were set although `sam_rho` is 0."""
         if self.sam_rho > 0:

@@ -38,6 +38,14 @@ class SAMHistory(TrainerCallback, ExportableState):
         """Passes over the data for each optimizer step of the run; 1 is plain training."""
         return 1 + self.extra_passes / max(1, self.steps)
 
+    def facts(self) -> dict:
+        """What training took, for JSON.
+
+        Returns:
+            `dict`: `own_steps` of the run, `sam_steps` in which SAM acted, `passes` over the data for each own step.
+        """
+        return {"own_steps": self.steps, "sam_steps": self.acted, "passes": self.passes}
+
     def summary(self) -> str:
         """What happened, in a sentence."""
         skipped = f", of which {self.skipped} were skipped (gradient not finite)" if self.skipped else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from hf_sam.runtime.config import read_flags
-from hf_sam.runtime.errors import UsageError, did_you_mean, raising, unknown_arguments
+from hf_sam.runtime.errors import UsageError, did_you_mean, raise_usage_errors, unknown_arguments
 
 EXTENDS = "extends"
 
@@ -24,7 +24,7 @@ class RecipeParser(HfArgumentParser):
         super().__init__(dataclass_types, **kwargs)
         self.add_argument("--config", nargs="+", default=[], help="YAML files with flags; the later win")
         self.add_argument("--dry_run", "--dry-run", action="store_true", help="tell what it takes, and exit")
-        raising(self)
+        raise_usage_errors(self)
 
     def parse(self, argv: list[str] | None = None) -> tuple:
         """An instance of each dataclass.

@@ -27,17 +27,11 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from hf_sam import SAMSFTConfig, SAMSFTTrainer
 from hf_sam.commands.reporting import command
 from hf_sam.planning import Plan, accumulation_for, measure_model, parse_tokens
-from hf_sam.pretraining import Source
+from hf_sam.runtime.checkpoints import CheckpointRecord, last_complete
+from hf_sam.runtime.dataset_specs import local_files
 from hf_sam.runtime.disk import check_disk
 from hf_sam.runtime.models import LocalModel, find_model
-from hf_sam.runtime.run_record import (
-    CheckpointRecord,
-    decisive_settings,
-    is_done,
-    last_complete,
-    mark_done,
-    write_settings,
-)
+from hf_sam.runtime.run_record import decisive_settings, is_finished, mark_finished, write_settings
 
 
 @dataclass
@@ -87,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     source = find_model(f"{name}{at}")
     # Arguments are made anew for each run when its turn comes: the host keeps what the last ones ask for.
     make = functools.partial(_run_arguments, argv, args, sweep)
-    missing = [rate for rate in rates if not is_done(run := make(rate), _settings(run, data, model_args, source))]
+    missing = [rate for rate in rates if not is_finished(run := make(rate), _settings(run, data, model_args, source))]
     if missing:
         if not model_args.use_peft:
             _check_space(args, str(source.folder), len(missing))
@@ -111,8 +105,9 @@ def _run_arguments(argv: list[str], args: SAMSFTConfig, sweep: SweepArguments, r
 def _settings(args: SAMSFTConfig, data: SFTDataArguments, model_args: ModelConfig, source: LocalModel) -> dict:
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     sequences = args.per_device_train_batch_size * devices * args.gradient_accumulation_steps
-    files = [Source(spec).files() for spec in (data.dataset, data.rehearsal_data) if spec]
-    return decisive_settings(args, data, model_args, sequences=sequences, weights=source.fingerprint, files=files)
+    files = [local_files(spec) for spec in (data.dataset, data.rehearsal_data) if spec]
+    facts = {**args.layout_dependence(), "sequences": sequences, "weights": source.fingerprint, "files": files}
+    return decisive_settings(args, data, model_args, **facts)
 
 
 def _train_all(
@@ -180,7 +175,7 @@ def _train(args: SAMSFTConfig, settings: dict, examples, tokenizer, folder: str,
     write_settings(args, settings)
     trainer.train(resume_from_checkpoint=last_complete(args.output_dir))
     trainer.save_model(args.output_dir)
-    mark_done(trainer)
+    mark_finished(trainer, **trainer.sam_history.facts())
     # The next run of the sweep needs the memory, and an accelerator with plugins of its own.
     trainer.accelerator.free_memory()
     del trainer

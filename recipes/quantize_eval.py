@@ -23,7 +23,7 @@ from hf_sam.report.document import Document
 from hf_sam.runtime.disk import write_json
 from hf_sam.runtime.distributed import join_processes, rank_and_world
 from hf_sam.runtime.errors import UsageError, did_you_mean
-from hf_sam.runtime.run_record import DONE, read_done
+from hf_sam.runtime.run_record import FINISHED, read_finished
 from hf_sam.statistics import forgetting, forgetting_reduction
 
 # arXiv 2605.02105, OLMo-2-1B: how much less SAM forgets than AdamW, in per cent.
@@ -94,7 +94,7 @@ def _settings(run: str, flags: dict, output: Path) -> EvaluationArguments:
     tuned = list(flags["tuned"])
     if sweep:
         found = sorted(Path(sweep).glob("lr-*"), key=lambda path: float(path.name.removeprefix("lr-")))
-        tuned += [str(path) for path in found if (path / DONE).exists()]
+        tuned += [str(path) for path in found if (path / FINISHED).exists()]
         if not tuned:
             raise ValueError(f"--runs {run!r}: {sweep} holds no finished run lr-* of a sweep.")
     own = {"base": base, "tuned": tuned, "name": name, "output": str(output / name)}
@@ -121,7 +121,7 @@ def summarize(results: list[Results]) -> dict:
         before = one.loss(one.base, data)
         row = {"base loss": None if before is None else before.loss, "quantized": {}, "fine-tuned": None}
         # What was really done, not what was asked for; not known of a model that was trained elsewhere.
-        row["training"] = read_done(one.record["models"][0]["spec"])
+        row["training"] = read_finished(one.record["models"][0]["spec"])
         for scheme in schemes:
             own, after = _damage(one, data, scheme), one.loss(one.base, data, scheme)
             known = own is not None and lost[scheme] is not None and lost[scheme] > 0

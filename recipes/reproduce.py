@@ -22,7 +22,7 @@ from stages import Stage, Stages, python
 
 from hf_sam.commands.reporting import command
 from hf_sam.planning import parse_tokens
-from hf_sam.runtime.run_record import last_complete
+from hf_sam.runtime.checkpoints import last_complete
 
 HERE = Path(__file__).resolve().parent
 PRESETS = HERE / "configs" / "presets"

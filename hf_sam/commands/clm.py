@@ -13,9 +13,9 @@ from trl import (
     get_quantization_config,
 )
 
-from ..runtime.errors import raising
+from ..runtime.errors import raise_usage_errors
 from ..sft import SAMSFTConfig, SAMSFTTrainer
-from .help import grouped
+from .help import group_sam_flags
 from .launch import run_or_launch
 from .training_inputs import load_training_data, parse_arguments
 
@@ -43,7 +43,7 @@ class CLMConfig(SAMSFTConfig):
 def make_parser() -> TrlParser:
     """The parser of the command: TRL's arguments for data and model, and [`CLMConfig`]."""
     classes = (ScriptArguments, CLMConfig, ModelConfig, DatasetMixtureConfig)
-    return raising(grouped(TrlParser(classes, prog="hf-sam clm")))
+    return raise_usage_errors(group_sam_flags(TrlParser(classes, prog="hf-sam clm")))
 
 
 def main(argv: list[str]) -> int:

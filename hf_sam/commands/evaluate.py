@@ -11,7 +11,7 @@ from ..evaluation.settings import EvaluationArguments
 from ..report.pages import write_report
 from ..runtime.config import read_flags
 from ..runtime.distributed import join_processes, rank_and_world
-from ..runtime.errors import raising
+from ..runtime.errors import raise_usage_errors
 from .launch import run_or_launch
 
 
@@ -21,7 +21,7 @@ class EvaluateParser(HfArgumentParser):
     def __init__(self):
         super().__init__(EvaluationArguments, prog="hf-sam evaluate")
         self.add_argument("--config", help="YAML file with any of these flags; those of the command line win")
-        raising(self)
+        raise_usage_errors(self)
 
     def set_defaults_with_config(self, **config) -> list[str]:
         """Take what a config file holds as defaults; returns the names and values that are no flags of this parser."""

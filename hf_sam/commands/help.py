@@ -1,7 +1,7 @@
 """Flags in the help of a command."""
 
 
-def grouped(parser):
+def group_sam_flags(parser):
     """Show the fields of [`~hf_sam.SAMArguments`] in groups of their own in the `--help` of an argparse parser.
 
     Args:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..runtime.config import read_flags
-from ..runtime.errors import UsageError, did_you_mean, raising, unknown_arguments
+from ..runtime.errors import UsageError, did_you_mean, raise_usage_errors, unknown_arguments
 
 # Tells the processes that a command launches not to launch again what they read in the config file.
 _LAUNCHED = "HF_SAM_LAUNCHED"
@@ -115,7 +115,7 @@ def launch(command: str, flags: Sequence[str], argv: Sequence[str]) -> int:
     flags = list(flags)
     if "--accelerate_config" in flags:
         flags = _with_accelerate_config(flags)
-    arguments = raising(launcher_parser()).parse_args([*flags, "--module", "hf_sam", command, *argv])
+    arguments = raise_usage_errors(launcher_parser()).parse_args([*flags, "--module", "hf_sam", command, *argv])
     # Its lines about the process that failed; the status tells the same.
     elastic = logging.getLogger("torch.distributed.elastic")
     level = elastic.level

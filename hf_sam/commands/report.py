@@ -5,7 +5,7 @@ import argparse
 from ..evaluation.results import Results
 from ..report.comparison import write_comparison
 from ..report.pages import evaluation_report
-from ..runtime.errors import raising
+from ..runtime.errors import raise_usage_errors
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Write the report of one evaluation again, or compare several; returns the exit status."""
-    arguments = raising(make_parser()).parse_args(argv)
+    arguments = raise_usage_errors(make_parser()).parse_args(argv)
     if len(arguments.folders) == 1:
         folder = arguments.folders[0]
         paths = evaluation_report(Results.read(folder)).write(arguments.output or folder)

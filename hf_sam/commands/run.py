@@ -6,14 +6,14 @@ import os
 from transformers import HfArgumentParser
 
 from ..arguments import SAMArguments
-from ..runtime.errors import UsageError, raising, unknown_arguments
-from .help import grouped
+from ..runtime.errors import UsageError, raise_usage_errors, unknown_arguments
+from .help import group_sam_flags
 from .script import run_script
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command: SAM flags in front of the script, and all that follows it."""
-    parser = raising(grouped(HfArgumentParser(SAMArguments, prog="hf-sam run")))
+    parser = raise_usage_errors(group_sam_flags(HfArgumentParser(SAMArguments, prog="hf-sam run")))
     parser.add_argument("script", help="the training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own flags, among them those of SAM")
     return parser

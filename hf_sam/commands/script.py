@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import Trainer, TrainingArguments
 
 from ..factory import with_sam
-from ..runtime.errors import raising
+from ..runtime.errors import raise_usage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _with_short_errors(parser: type[argparse.ArgumentParser]) -> type[argparse.A
     class Parser(parser):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            raising(self)
+            raise_usage_errors(self)
 
     Parser.__name__, Parser.__qualname__, Parser.__doc__ = parser.__name__, parser.__qualname__, parser.__doc__
     return Parser

@@ -5,9 +5,9 @@ import trl
 import trl.scripts.sft
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from ..runtime.errors import raising
+from ..runtime.errors import raise_usage_errors
 from ..sft import SAMSFTConfig
-from .help import grouped
+from .help import group_sam_flags
 from .launch import run_or_launch
 from .script import load_script
 from .training_inputs import SFT_COLUMNS, load_training_data, parse_arguments
@@ -16,7 +16,7 @@ from .training_inputs import SFT_COLUMNS, load_training_data, parse_arguments
 def make_parser() -> TrlParser:
     """The parser of the command: TRL's arguments for data and model, and [`~hf_sam.SAMSFTConfig`]."""
     classes = (ScriptArguments, SAMSFTConfig, ModelConfig, DatasetMixtureConfig)
-    return raising(grouped(TrlParser(classes, prog="hf-sam sft")))
+    return raise_usage_errors(group_sam_flags(TrlParser(classes, prog="hf-sam sft")))
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,7 @@
 
 from .arguments import DataArguments, ModelArguments, PretrainingArguments
 from .data import TrainingData, training_data
-from .documents import Source, TokenStream
+from .documents import TextSource, TokenStream
 from .loss import ZLoss
 from .packing import MixedRows, Mixture, PackedRows, tokenized
 from .run import plan, pretrain
@@ -26,7 +26,7 @@ __all__ = [
     "PackedStream",
     "PretrainingArguments",
     "PretrainingTrainer",
-    "Source",
+    "TextSource",
     "TokenStream",
     "TrainingData",
     "ZLoss",

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from accelerate.logging import get_logger
 
+from ..runtime.dataset_specs import local_files
 from ..runtime.fingerprint import fingerprint
 from .arguments import DataArguments, PretrainingArguments
-from .documents import Source, TokenStream
+from .documents import TextSource, TokenStream
 from .packing import MixedRows, Mixture, PackedRows, tokenized
 from .stream import PackedStream
 
@@ -82,7 +83,7 @@ def training_data(
             f"{step} steps, not {row}. Restore it (global_batch_size), or choose another output_dir."
         )
     rows = (args.max_steps - args.first_step) * args.sequences
-    sources = [Source(spec, data.text_column, data.dataset_split) for spec in data.datasets]
+    sources = [TextSource(spec, data.text_column, data.dataset_split) for spec in data.datasets]
     weights = data.dataset_weights or [1.0] * len(sources)
     mixture = Mixture(weights, data.block_rows, args.seed)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -120,7 +121,7 @@ def training_data(
     return TrainingData(dataset, fingerprint, first_row, args.first_step, args.sequences)
 
 
-def _check_bound(sources: list[Source], mixture: Mixture, tokens: int, passes: int) -> None:
+def _check_bound(sources: list[TextSource], mixture: Mixture, tokens: int, passes: int) -> None:
     for source, share in zip(sources, mixture.shares, strict=True):
         most = source.most_tokens()
         if most is not None and share * tokens > passes * most:
@@ -137,6 +138,6 @@ def data_fingerprint(data: DataArguments, args: PretrainingArguments, tokenizer)
         *(data.datasets, data.dataset_weights, data.dataset_split, data.text_column, data.streaming, data.block_rows),
         *(args.sequence_length, args.seed),
         *(len(tokenizer), tokenizer.eos_token_id, sorted(tokenizer.get_vocab().items())),
-        *(Source(spec).files() for spec in data.datasets),
+        *(local_files(spec) for spec in data.datasets),
     ]
     return fingerprint(content)

@@ -7,11 +7,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from ..runtime.dataset_specs import data_files, is_data, named, open_split
+from ..runtime.dataset_specs import data_files, named, open_split
 from ..runtime.packages import require
 
 # Documents that a worker tokenizes at once, and files that are read at once.
@@ -20,7 +19,7 @@ _OPEN = 8
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Where text comes from.
 
     Attributes:
@@ -60,14 +59,6 @@ class Source:
         if self.column not in first:
             raise ValueError(f"it has no column {self.column!r}, but {', '.join(map(repr, first))}.")
         check_text(first[self.column], self.column, "the first document")
-
-    def files(self) -> list[tuple[str, int]]:
-        """Names and sizes of local files; none for a dataset of the hub, whose revision can be named."""
-        place = named(self.spec)[1]
-        paths = data_files(place)
-        if os.path.isdir(place):
-            paths = sorted(str(path) for path in Path(place).rglob("*") if path.is_file() and is_data(path))
-        return [(os.path.basename(path), os.path.getsize(path)) for path in paths]
 
     def most_tokens(self) -> int | None:
         """A bound on the tokens of local, uncompressed files: each takes at least one byte. None if not known."""
@@ -118,14 +109,14 @@ class TokenStream:
     ahead by `workers` threads (fast tokenizers do not hold Python's lock); how many does not change the stream.
 
     Args:
-        source ([`Source`]): where the documents come from.
+        source ([`TextSource`]): where the documents come from.
         tokenizer (`PreTrainedTokenizerBase`): with an end-of-text token.
         seed (`int`): of the order of files.
         workers (`int`): threads.
         passes (`int`): how often the documents may be gone through.
     """
 
-    def __init__(self, source: Source, tokenizer, *, seed: int = 0, workers: int = 1, passes: int = 1):
+    def __init__(self, source: TextSource, tokenizer, *, seed: int = 0, workers: int = 1, passes: int = 1):
         self.source = source
         self._dataset = source.open(streaming=True)
         self._tokenizer = tokenizer

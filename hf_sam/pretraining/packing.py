@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..runtime.labels import IGNORE_INDEX
-from .documents import Source, check_text, token_ids
+from .documents import TextSource, check_text, token_ids
 
 
 def make_row(tokens: np.ndarray, starts: np.ndarray, length: int, padding: int, document_mask: bool) -> dict:
@@ -44,11 +44,11 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, length: int, padding: int, 
     return row
 
 
-def tokenized(source: Source, tokenizer, workers: int = 1):
+def tokenized(source: TextSource, tokenizer, workers: int = 1):
     """A dataset of documents as tokens, in a column `input_ids` of int32; kept in the cache of `datasets`.
 
     Args:
-        source ([`Source`]): where the documents come from.
+        source ([`TextSource`]): where the documents come from.
         tokenizer (`PreTrainedTokenizerBase`): with an end-of-text token.
         workers (`int`): processes.
 

@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import get_model_param_count
 
 from ..planning.plan import Plan, measure_model
+from ..runtime.checkpoints import last_complete, read_record
 from ..runtime.disk import check_disk
 from ..runtime.distributed import compute_on_first
 from ..runtime.models import LocalModel, find_model
-from ..runtime.run_record import decisive_settings, is_done, last_complete, mark_done, read_record, write_settings
+from ..runtime.run_record import decisive_settings, is_finished, mark_finished, write_settings
 from ..schedule import SAMWindow, extra_passes
 from .arguments import DataArguments, ModelArguments, PretrainingArguments, checkpoint_hash, checkpoint_step
 from .data import data_fingerprint, training_data
@@ -41,12 +42,13 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         args,
         model_args,
         data_args,
+        **args.layout_dependence(),
         sequences=args.sequences,
         weights=None if source is None else source.fingerprint,
         annealed=checkpoint_hash(args.anneal_from),
         data_and_tokenizer=data_fingerprint(data_args, args, tokenizer),
     )
-    if is_done(args, settings):
+    if is_finished(args, settings):
         logger.info(f"The run in {args.output_dir} is done.", main_process_only=True)
         return args.output_dir
     config = load_config(folder or model_args.config_name, model_args)
@@ -69,7 +71,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     trainer.train(resume_from_checkpoint=checkpoint or args.anneal_from)
     model.config.use_cache = use_cache
     trainer.save_model(args.output_dir)
-    mark_done(trainer)
+    mark_finished(trainer, **trainer.sam_history.facts())
     return args.output_dir
 
 

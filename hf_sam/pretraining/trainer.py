@@ -4,7 +4,7 @@ import re
 
 from transformers import TrainerCallback
 
-from ..runtime.run_record import CheckpointRecord
+from ..runtime.checkpoints import CheckpointRecord
 from ..trainer import SAMTrainer
 from .data import TrainingData
 from .loss import ZLoss

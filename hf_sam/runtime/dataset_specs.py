@@ -108,6 +108,19 @@ def data_files(place: str) -> list[str]:
     return sorted(path for path in glob.glob(place, recursive=True) if os.path.isfile(path)) if "*" in place else []
 
 
+def local_files(spec: str) -> list[tuple[str, int]]:
+    """Names and sizes in bytes of the files of a local dataset; empty for a dataset of the hub, which has revisions.
+
+    Args:
+        spec (`str`): `[NAME=]PLACE`, see [`open_split`].
+    """
+    place = named(spec)[1]
+    paths = data_files(place)
+    if os.path.isdir(place):
+        paths = sorted(str(path) for path in Path(place).rglob("*") if path.is_file() and is_data(path))
+    return [(os.path.basename(path), os.path.getsize(path)) for path in paths]
+
+
 def is_data(path: Path) -> bool:
     """Whether a file in a folder is data, and not what `datasets` keeps beside it."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]

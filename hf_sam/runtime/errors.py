@@ -27,7 +27,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f". Did you mean {close[0]}?" if close else ""
 
 
-def raising(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def raise_usage_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser, which now raises [`UsageError`] instead of printing its usage and ending the process."""
 
     def error(message: str):

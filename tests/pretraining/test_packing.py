@@ -11,7 +11,7 @@ from toy import olmo2
 from toy_pretraining import ids_of, tokens_of, write_documents
 from toy_trl import WORDS, tokenizer
 
-from hf_sam.pretraining import MixedRows, Mixture, PackedRows, Source, tokenized
+from hf_sam.pretraining import MixedRows, Mixture, PackedRows, TextSource, tokenized
 
 IGNORED = -100
 
@@ -92,7 +92,7 @@ def test_attention_stays_inside_of_documents_where_asked():
 
 
 def test_the_same_for_one_and_two_workers(tmp_path):
-    source = Source(write_documents(tmp_path / "data"))
+    source = TextSource(write_documents(tmp_path / "data"))
     one, two = (PackedRows(tokenized(source, tokenizer(), workers), 16, padding=0) for workers in (1, 2))
     assert len(one) == len(two) > 50
     for index in range(len(one)):
@@ -100,7 +100,7 @@ def test_the_same_for_one_and_two_workers(tmp_path):
 
 
 def test_rows_survive_the_way_to_a_worker(tmp_path):
-    source = Source(write_documents(tmp_path / "data"))
+    source = TextSource(write_documents(tmp_path / "data"))
     rows = PackedRows(tokenized(source, tokenizer()), 16, padding=0)
     assert ids_of(rows[i] for i in range(9)) == ids_of(pickle.loads(pickle.dumps(rows))[i] for i in range(9))
 
@@ -172,11 +172,11 @@ def test_wrong_weights_are_told(weights, message):
 def test_missing_columns_and_what_is_no_text_are_told(tmp_path):
     pattern = write_documents(tmp_path / "data")
     with pytest.raises(ValueError, match=r"no column 'body', but 'text'"):
-        tokenized(Source(pattern, column="body"), tokenizer())
+        tokenized(TextSource(pattern, column="body"), tokenizer())
     (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"text": null}\n')
     with pytest.raises(ValueError, match="holds NoneType instead of text in the column 'text'"):
-        tokenized(Source(str(tmp_path / "bad.jsonl")), tokenizer())
+        tokenized(TextSource(str(tmp_path / "bad.jsonl")), tokenizer())
     with pytest.raises(ValueError, match=r"Training data '.*none.jsonl'.*cannot be loaded"):
-        Source(str(tmp_path / "none.jsonl")).open(streaming=True)
+        TextSource(str(tmp_path / "none.jsonl")).open(streaming=True)
     with pytest.raises(ValueError, match="no split 'nope', but train"):
-        Source(pattern, split="nope").open(streaming=True)
+        TextSource(pattern, split="nope").open(streaming=True)

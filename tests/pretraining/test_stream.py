@@ -9,7 +9,7 @@ import torch
 from toy_pretraining import ids_of, read_documents, tokens_of, write_documents
 from toy_trl import tokenizer
 
-from hf_sam.pretraining import Mixture, PackedStream, Source, TokenStream
+from hf_sam.pretraining import Mixture, PackedStream, TextSource, TokenStream
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def corpus(tmp_path_factory):
 
 
 def token_stream(pattern, **options) -> TokenStream:
-    return TokenStream(Source(pattern), tokenizer(), seed=5, **{"passes": 3, **options})
+    return TokenStream(TextSource(pattern), tokenizer(), seed=5, **{"passes": 3, **options})
 
 
 def stream(pattern, rows=300, block=32, workers=1, weights=(1.0,), **options) -> PackedStream:
@@ -51,7 +51,7 @@ def test_files_are_read_side_by_side(tmp_path):
     for number in range(12):
         lines = [json.dumps({"text": f"w{number} w{number}"})] * 200
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
-    source = TokenStream(Source(str(tmp_path / "*.jsonl")), tokenizer(), seed=1)
+    source = TokenStream(TextSource(str(tmp_path / "*.jsonl")), tokenizer(), seed=1)
     tokens, _ = source.take(12 * 600)
     assert len({*tokens[: 8 * 64 * 3].tolist()}) == 9  # of eight files, and the end of text
     assert len({*tokens.tolist()}) == 13
@@ -129,7 +129,7 @@ def test_all_rows_of_the_data_can_be_had_and_no_more(tmp_path):
     spec = write_documents(tmp_path / "data", files=1, documents=50)
     full = len(tokens_of(read_documents(spec)[0], tokenizer())) // 16
     make = lambda rows: PackedStream(  # noqa: E731
-        [TokenStream(Source(spec), tokenizer())], Mixture([1.0], 32, seed=1), length=16, rows=rows
+        [TokenStream(TextSource(spec), tokenizer())], Mixture([1.0], 32, seed=1), length=16, rows=rows
     )
     assert len(ids(make(full))) == full
     with pytest.raises(ValueError, match=r"ended after 1 pass, before the token budget.*num_train_epochs"):
@@ -138,10 +138,11 @@ def test_all_rows_of_the_data_can_be_had_and_no_more(tmp_path):
 
 def test_shares_of_a_mixture_are_those_asked_for(tmp_path):
     specs = [write_documents(tmp_path / name, files=1, documents=300, seed=seed) for seed, name in enumerate("ab")]
-    sources = [TokenStream(Source(spec), tokenizer()) for spec in specs]
+    sources = [TokenStream(TextSource(spec), tokenizer()) for spec in specs]
     rows = ids(PackedStream(sources, Mixture([1, 3], 40, seed=1), length=8, rows=80))
     expected = [
-        TokenStream(Source(spec), tokenizer()).take(count * 8)[0] for spec, count in zip(specs, (20, 60), strict=True)
+        TokenStream(TextSource(spec), tokenizer()).take(count * 8)[0]
+        for spec, count in zip(specs, (20, 60), strict=True)
     ]
     assert sorted(rows) == sorted(row for part in expected for row in part.reshape(-1, 8).tolist())
 
@@ -152,7 +153,7 @@ def test_a_mixture_ends_where_its_shares_cannot_be_kept(tmp_path):
         for seed, (name, count) in enumerate((("short", 12), ("long", 300)))
     ]
     make = lambda rows: PackedStream(  # noqa: E731
-        [TokenStream(Source(spec), tokenizer()) for spec in specs], Mixture([1, 1], 40, seed=1), length=8, rows=rows
+        [TokenStream(TextSource(spec), tokenizer()) for spec in specs], Mixture([1, 1], 40, seed=1), length=8, rows=rows
     )
     full = len(tokens_of(read_documents(specs[0])[0], tokenizer())) // 8
     assert 5 < full < 25
@@ -179,7 +180,7 @@ def test_every_form_of_data_goes_on_where_it_was(tmp_path, kind):
             else:
                 {"jsonl": piece.to_json, "csv": piece.to_csv, "parquet": piece.to_parquet}[kind](path)
         spec = str(tmp_path / "data" / f"*.{kind}")
-    make = lambda: TokenStream(Source(spec), tokenizer(), seed=2, passes=2)  # noqa: E731
+    make = lambda: TokenStream(TextSource(spec), tokenizer(), seed=2, passes=2)  # noqa: E731
     whole = make().take(2400)[0].tolist()
     assert len(whole) == 2400
     for taken in (1, 300, 700, 1300):
@@ -202,15 +203,15 @@ def test_documents_are_marked_where_asked(corpus):
 def test_what_is_no_text_is_told(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"text": null}\n')
     with pytest.raises(ValueError, match="holds NoneType instead of text in the column 'text'"):
-        TokenStream(Source(str(tmp_path / "bad.jsonl")), tokenizer()).take(9)
+        TokenStream(TextSource(str(tmp_path / "bad.jsonl")), tokenizer()).take(9)
 
 
 def test_rows_of_a_stream_are_those_of_packed_rows(tmp_path):
     from hf_sam.pretraining import PackedRows, tokenized
 
     spec = write_documents(tmp_path / "data", files=1, documents=100)
-    packed = PackedRows(tokenized(Source(spec), tokenizer()), 16, padding=0)
+    packed = PackedRows(tokenized(TextSource(spec), tokenizer()), 16, padding=0)
     full = packed.tokens // 16
-    sources = [TokenStream(Source(spec), tokenizer())]
+    sources = [TokenStream(TextSource(spec), tokenizer())]
     rows = PackedStream(sources, Mixture([1.0], block=1), length=16, rows=full)
     assert ids_of(rows) == ids_of(packed[i] for i in range(full))

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from toy import olmo2
 
-from hf_sam.runtime.run_record import read_done
+from hf_sam.runtime.run_record import read_finished
 
 STEPS = 10
 # With its usual epsilon, Adam makes whole steps of gradients that are only rounding.
@@ -139,14 +139,14 @@ def test_a_loop_by_hand_ends_with_the_same_weights(finished, shelf_of_recipes, c
     from toy_pretraining import read_documents, tokens_of
     from toy_trl import tokenizer
 
-    from hf_sam.pretraining import Mixture, PackedStream, Source, TokenStream
+    from hf_sam.pretraining import Mixture, PackedStream, TextSource, TokenStream
 
     settings = yaml.safe_load(Path(config).read_text())
     pattern = settings["datasets"][0]
     everything = {tuple(tokens_of(file, tokenizer())) for file in read_documents(pattern)}
-    stream = TokenStream(Source(pattern), tokenizer(), seed=42)
+    stream = TokenStream(TextSource(pattern), tokenizer(), seed=42)
     rows = list(PackedStream([stream], Mixture([1.0], 24, seed=42), length=16, rows=STEPS * 8))
-    first = tuple(TokenStream(Source(pattern), tokenizer(), seed=42).take(60)[0].tolist())
+    first = tuple(TokenStream(TextSource(pattern), tokenizer(), seed=42).take(60)[0].tolist())
     assert any(file[:60] == first for file in everything)
 
     model = olmo2().train()
@@ -223,7 +223,7 @@ def test_plan_and_run_of_an_annealing_agree_about_when_sam_acts(launch, config, 
     flags += ["--sam_start_steps", "0.75"]
     ended = run(launch, config, tmp_path, *flags)
     assert ended.status == [0], ended.output[0][-3000:]
-    assert read_done(tmp_path) == {"steps": 7, "own_steps": 4, "sam_steps": 1, "passes": 1.25}
+    assert read_finished(tmp_path) == {"steps": 7, "own_steps": 4, "sam_steps": 1, "passes": 1.25}
     logs = json.loads((tmp_path / "checkpoint-7" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in logs if "sam/sharpness" in entry and entry["step"] > 3] == [7]
     planned = olmo_mid_sam.main(["--config", config, "--output_dir", str(tmp_path), *flags, "--dry_run"])
