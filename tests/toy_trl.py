@@ -19,6 +19,8 @@ from trl import (
     SFTTrainer,
 )
 
+from hf_sam.step.reference import sam_gradient
+
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
 WORDS = [f"w{i}" for i in range(58)]
 CHAT_TEMPLATE = (
@@ -134,51 +136,40 @@ def build(
     )
 
 
-def reference(host, rho: float, adaptive: bool = False) -> list[dict]:
-    """What SAM with `host`'s own training step should log: two passes and AdamW by hand, nothing of hf-sam.
+def reference(host, rho: float, variant: str = "sam") -> list[dict]:
+    """What SAM with `host`'s own training step should log: the plain step and AdamW.
 
-    Also trains `host.model`. The metrics that TRL collects are those of the first passes.
+    Also trains `host.model`. The metrics that TRL collects are those of the ascent passes.
     """
     args = host.args
     model = host.model.train()
-    trainable = [param for param in model.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, eps=args.adam_epsilon, weight_decay=0.0)
+    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=args.learning_rate, eps=args.adam_epsilon, weight_decay=0.0)
     batches = iter(host.get_train_dataloader())
     host.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     logs = []
     for _ in range(args.max_steps):
         window, items = host.get_batch_samples(batches, args.gradient_accumulation_steps, args.device)
-        loss = _accumulate(host, window, items)
-        recorded, metrics = host._metrics, copy.deepcopy(host._metrics["train"])
-        tokens = host._total_train_tokens
-        direction = [p.detach() * p.grad if adaptive else p.grad.clone() for p in trainable if p.grad is not None]
-        moved = [p for p in trainable if p.grad is not None]
-        norm = torch.sqrt(sum((d * d).sum() for d in direction))
-        start = [p.detach().clone() for p in moved]
-        with torch.no_grad():
-            for p, d in zip(moved, direction, strict=True):
-                p.add_(rho * (p * d if adaptive else d) / norm)
-        perturbed = _accumulate(host, window, items)
-        with torch.no_grad():
-            for p, w in zip(moved, start, strict=True):
-                p.copy_(w)
-        recorded["train"].clear()
-        host._total_train_tokens = tokens
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)
+        recorded = []
+
+        def forward_backward(batch, items=items, recorded=recorded):
+            loss = host.training_step(model, copy.copy(batch), items).item()
+            recorded.append((copy.deepcopy(host._metrics["train"]), host._total_train_tokens))
+            return loss
+
+        step = sam_gradient(trainable, window, forward_backward, rho, variant)
+        # After the last micro-batch of the ascent pass.
+        metrics, host._total_train_tokens = recorded[len(window) - 1]
+        host._metrics["train"].clear()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.max_grad_norm)
         optimizer.step()
-        model.zero_grad()
         logs.append(
             {
-                "loss": loss,
-                "sam/perturbed_loss": perturbed,
-                "sam/ascent_grad_norm": norm.item(),
+                "loss": step.loss,
+                "sam/perturbed_loss": step.perturbed_loss,
+                "sam/ascent_grad_norm": step.ascent_grad_norm,
                 "grad_norm": grad_norm.item(),
                 **{name: sum(values) / len(values) for name, values in metrics.items()},
             }
         )
     return logs
-
-
-def _accumulate(host, window, items) -> float:
-    host.model.zero_grad()
-    return sum(host.training_step(host.model, copy.copy(batch), items).item() for batch in window)

@@ -70,30 +70,48 @@ def sam_step(
         ascent_micro_batches (`int`, *optional*): take g over the first so many micro-batches only.
         perturbed_names (`set[str]`, *optional*): names of the parameters to perturb; all trainable ones if omitted.
     """
+
+    def forward_backward(batch) -> float:
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss.item()
+
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    return sam_gradient(trainable, micro_batches, forward_backward, rho, variant, ascent_micro_batches, perturbed_names)
+
+
+def sam_gradient(
+    trainable: Vectors,
+    micro_batches: Sequence[Any],
+    forward_backward: Callable[[Any], float],
+    rho: float,
+    variant: str = "sam",
+    ascent_micro_batches: int | None = None,
+    perturbed_names: set[str] | None = None,
+) -> ReferenceStep:
+    """[`sam_step`] for a loop that takes its own backward pass.
+
+    Args:
+        trainable (`dict[str, torch.Tensor]`): w by name.
+        forward_backward (`Callable`): adds the gradient of a micro-batch to `.grad` and returns its loss.
+        micro_batches, rho, variant, ascent_micro_batches, perturbed_names: see [`sam_step`].
+    """
+    w = {name: param.detach().clone() for name, param in trainable.items()}
+    k = len(micro_batches) if ascent_micro_batches is None else ascent_micro_batches
     if perturbed_names is None:
         perturbed_names = set(trainable)
 
     def accumulate_gradient(batches) -> list[float]:
         for param in trainable.values():
             param.grad = None
-        losses = []
-        for batch in batches:
-            loss = loss_of(model, batch)
-            loss.backward()
-            losses.append(loss.item())
-        return losses
-
-    w = {name: param.detach().clone() for name, param in trainable.items()}
-    k = len(micro_batches) if ascent_micro_batches is None else ascent_micro_batches
+        return [float(forward_backward(batch)) for batch in batches]
 
     # Ascent pass: g = grad L(w).
     losses = accumulate_gradient(micro_batches[:k])
-    g = {name: trainable[name].grad for name in perturbed_names if trainable[name].grad is not None}
-
-    e, norm = PERTURBATIONS[variant](w, g, rho)
+    g = {name: trainable[name].grad.clone() for name in perturbed_names if trainable[name].grad is not None}
 
     # Descent pass: grad L(w + e), left in the parameters.
+    e, norm = PERTURBATIONS[variant](w, g, rho)
     with torch.no_grad():
         for name in e:
             trainable[name].copy_(w[name] + e[name])

@@ -7,7 +7,7 @@ from toy import Classifier, arguments, classification_rows, olmo2, step_logs, to
 from transformers import Trainer, TrainerCallback
 
 from hf_sam import SAMMixin, SAMTrainer
-from hf_sam.step.reference import sam_step
+from hf_sam.step.reference import sam_gradient, sam_step
 
 
 class RandomStateAtFirstStep(TrainerCallback):
@@ -37,7 +37,7 @@ def test_same_run_as_a_hand_written_loop_with_batchnorm_and_dropout(tmp_path):
     )
     run.train()
 
-    # SAM + AdamW by hand: dropout masks by rewinding the stream, BatchNorm by freezing it in the second pass.
+    # The plain step and AdamW: dropout masks by rewinding the stream, BatchNorm by freezing it in the second pass.
     other = Classifier().train()
     batchnorm = other.layers[1]
     optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
@@ -48,29 +48,21 @@ def test_same_run_as_a_hand_written_loop_with_batchnorm_and_dropout(tmp_path):
         for i in range(accumulation):
             part = rows[(step * accumulation + i) * size :][:size]
             batches.append([torch.stack([row[key] for row in part]) for key in ("features", "labels")])
-        start = torch.get_rng_state()
-        loss = sum(other(*batch)["loss"] for batch in batches) / accumulation
-        g = torch.autograd.grad(loss, list(other.parameters()))
-        norm = torch.sqrt(sum((x**2).sum() for x in g))
-        w = [p.detach().clone() for p in other.parameters()]
-        end, counted = torch.get_rng_state(), batchnorm.num_batches_tracked.clone()
-        torch.set_rng_state(start)
-        batchnorm.momentum = 0.0
-        with torch.no_grad():
-            for p, x in zip(other.parameters(), g, strict=True):
-                p.add_(0.1 * x / norm)
-        perturbed = sum(other(*batch)["loss"] for batch in batches) / accumulation
-        optimizer.zero_grad()
-        perturbed.backward()
-        with torch.no_grad():
-            for p, x in zip(other.parameters(), w, strict=True):
-                p.copy_(x)
+        start, counted = torch.get_rng_state(), batchnorm.num_batches_tracked.clone()
+
+        def forward_backward(batches, start=start):
+            torch.set_rng_state(start)
+            loss = sum(other(*batch)["loss"] for batch in batches) / accumulation
+            loss.backward()
+            batchnorm.momentum = 0.0  # in the second pass
+            return loss.detach()
+
+        result = sam_gradient(dict(other.named_parameters()), [batches], forward_backward, rho=0.1)
         batchnorm.momentum = 0.1
-        batchnorm.num_batches_tracked.copy_(counted)
-        torch.set_rng_state(end)
+        batchnorm.num_batches_tracked.copy_(counted + accumulation)
         torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
         optimizer.step()
-        losses.append((loss.item(), perturbed.item()))
+        losses.append((result.loss, result.perturbed_loss))
 
     logged = [(entry["loss"], entry["sam/perturbed_loss"]) for entry in step_logs(run)]
     np.testing.assert_allclose(logged, losses, atol=1e-5)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hf_sam import SAMArguments, SAMMixin, SAMTrainer, SAMTrainingArguments, with_sam
+from hf_sam.step.reference import sam_gradient
 
 TIMES = ("runtime", "per_second", "_time", "jit")
 
@@ -170,27 +171,18 @@ def test_seq2seq_trainer_follows_sam_by_hand(tmp_path):
     sam.train()
     host = seq2seq(tmp_path)
     model, optimizer = host.model.train(), torch.optim.AdamW(host.model.parameters(), lr=1e-2, weight_decay=0.0)
+    trainable = dict(model.named_parameters())
     batches = iter(host.get_train_dataloader())
     host.current_gradient_accumulation_steps = 1
     for entry in step_logs(sam):
         (batch,), items = host.get_batch_samples(batches, 1, host.args.device)
-        loss = host.training_step(model, dict(batch), items)
-        g = [param.grad.clone() for param in model.parameters()]
-        norm = torch.sqrt(sum((x * x).sum() for x in g))
-        start = [param.detach().clone() for param in model.parameters()]
-        with torch.no_grad():
-            for param, x in zip(model.parameters(), g, strict=True):
-                param.add_(0.05 * x / norm)
-        model.zero_grad()
-        perturbed = host.training_step(model, dict(batch), items)
-        with torch.no_grad():
-            for param, w in zip(model.parameters(), start, strict=True):
-                param.copy_(w)
+        expected = sam_gradient(
+            trainable, [batch], lambda batch, items=items: host.training_step(model, dict(batch), items), rho=0.05
+        )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        model.zero_grad()
-        assert entry["loss"] == pytest.approx(loss.item(), abs=1e-5)
-        assert entry["sam/perturbed_loss"] == pytest.approx(perturbed.item(), abs=1e-5)
+        assert entry["loss"] == pytest.approx(expected.loss, abs=1e-5)
+        assert entry["sam/perturbed_loss"] == pytest.approx(expected.perturbed_loss, abs=1e-5)
     # Generation is the host's: the same tokens from the same weights.
     host.model.load_state_dict(sam.model.state_dict())
     mine, theirs = (run.predict(run.eval_dataset) for run in (sam, host))

@@ -81,7 +81,7 @@ def test_what_sft_can_do_keeps_working(tmp_path, data, settings):
 
 def test_asam_follows_sam_by_hand(tmp_path):
     sam = build("sft", tmp_path, with_sam, sam_rho=0.5, sam_variant="asam")
-    assert_follows(sam, build("sft", tmp_path), rho=0.5, adaptive=True)
+    assert_follows(sam, build("sft", tmp_path), rho=0.5, variant="asam")
 
 
 def test_metrics_of_the_first_step_are_bitwise_those_of_plain_sft(tmp_path):
