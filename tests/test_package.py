@@ -1,36 +1,50 @@
 """What gets installed: typed, light to import, and working from a wheel."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
-# What the extras bring; importing hf_sam must work without any of it.
-OPTIONAL = (
-    "trl",
-    "peft",
-    "datasets",
-    "deepspeed",
-    "bitsandbytes",
-    "evaluate",
-    "lm_eval",
-    "matplotlib",
-    "scipy",
-    "sklearn",  # comes with lm-eval and needs scipy
-    "reasoning_gym",
-)
+
+def required(name: str, found: set[str] | None = None) -> set[str]:
+    """Names of the distributions that a distribution needs without extras, and of those that they need."""
+    found = set() if found is None else found
+    for text in metadata.requires(name) or ():
+        requirement = Requirement(text)
+        needed = requirement.name.lower().replace("_", "-")
+        if needed not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                metadata.version(needed)
+                found.add(needed)
+                required(needed, found)
+    return found
 
 
-def test_importing_needs_only_torch_transformers_and_accelerate():
+def packages_of_others() -> list[str]:
+    """Top-level packages that are installed here, but not by `pip install hf-sam`."""
+    own = required("hf-sam") | {"hf-sam"}
+    return sorted(
+        package
+        for package, distributions in metadata.packages_distributions().items()
+        if not {name.lower().replace("_", "-") for name in distributions} & own and package.isidentifier()
+    )
+
+
+def test_importing_needs_only_what_is_installed_with_it():
+    others = packages_of_others()
+    assert {"trl", "peft", "datasets", "deepspeed", "bitsandbytes", "lm_eval", "matplotlib", "scipy"} <= set(others)
     program = (
         "import sys\n"
-        f"for name in {OPTIONAL!r}: sys.modules[name] = None\n"
+        f"for name in {others!r}: sys.modules[name] = None\n"
         "import hf_sam, hf_sam.baselines, hf_sam.evaluation, hf_sam.instruments, hf_sam.pretraining, hf_sam.report\n"
         "for name in hf_sam.instruments.__all__: getattr(hf_sam.instruments, name)\n"
         "print(hf_sam.SAMTrainer.__name__, hf_sam.__version__)\n"

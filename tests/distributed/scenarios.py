@@ -1,6 +1,5 @@
 """What can happen to a run besides going well, played through under every strategy."""
 
-import contextlib
 import itertools
 import shutil
 from pathlib import Path
@@ -213,12 +212,14 @@ def hand_loop(strategy: str, output_dir: Path) -> None:
             accelerator.backward(model(**batch).loss)
         optimizer.step()
         optimizer.zero_grad()
-    twice = None
+    refusal = None
     if strategy.startswith("zero"):
-        with contextlib.suppress(RuntimeError), sam.ascent():
-            accelerator.backward(model(**batch).loss)
-            accelerator.backward(model(**batch).loss)
-            twice = "accepted"
+        try:
+            with sam.ascent():
+                accelerator.backward(model(**batch).loss)
+                accelerator.backward(model(**batch).loss)
+        except RuntimeError as error:
+            refusal = str(error)
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         torch.save(
@@ -226,7 +227,8 @@ def hand_loop(strategy: str, output_dir: Path) -> None:
                 "losses": losses,
                 "weights": {name: value.cpu() for name, value in weights.items()},
                 "metrics": metrics,
-                "twice": twice,
+                "refusal": refusal,
+                "backend": type(sam.backend).__name__,
                 "ran": worker.what_ran(accelerator, model),
             },
             output_dir / "hand_loop.pt",
