@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from hf_sam.step.variants import VARIANTS
+
 GLOBAL_BATCH = 8  # rows of a micro-batch, summed over ranks
 MAX_STEPS = 6
 LEARNING_RATE = 2e-3
@@ -38,14 +40,19 @@ class Case:
         }
 
 
-ASAM = {"sam_rho": 0.5, "sam_variant": "asam"}
+# Radii of variants whose rho is on another scale than that of SAM.
+RADII = {"asam": 0.5}
 TARGETED = {"sam_rho": 0.05, "sam_target_modules": [r"mlp", r"norm"], "sam_exclude_modules": [r"layers\.0\.mlp\.up"]}
 
 CASES = (
     Case("sam"),
     Case("sam_accumulation", accumulation=2),
-    Case("asam", sam=ASAM),
-    Case("asam_accumulation", accumulation=2, sam=ASAM),
+    *(
+        Case(name, accumulation=accumulation, sam={"sam_rho": RADII.get(variant, 0.05), "sam_variant": variant})
+        for variant in VARIANTS
+        if variant != "sam"
+        for name, accumulation in ((variant, 1), (f"{variant}_accumulation", 2))
+    ),
     Case("first_of_three", accumulation=3, sam={"sam_rho": 0.05, "sam_ascent_micro_batches": 1}),
     Case("targeted", sam=TARGETED),
     Case("lora", accumulation=2, model="lora"),
