@@ -248,7 +248,7 @@ def test_only_trainable_weights_are_pulled(tmp_path):
     assert all("lora" in name for name in trainer._penalties["l2"].base)
 
 
-def test_wrong_combinations_are_told(tmp_path, fisher):
+def test_wrong_combinations_are_reported(tmp_path, fisher):
     with pytest.raises(ValueError, match="ewc_lambda needs ewc_fisher"):
         arguments(tmp_path, EWCTrainingArguments, ewc_lambda=1.0)
     for value in (-1.0, float("inf"), float("nan")):

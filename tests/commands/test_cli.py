@@ -45,7 +45,7 @@ def test_clm_trains_from_a_checkpoint_and_from_scratch_with_a_config_file(files,
         ({"from_scratch": "true", "load_in_4bit": "true"}, "cannot be quantized"),
     ],
 )
-def test_clm_tells_what_is_missing(files, tmp_path, capsys, settings, message):
+def test_clm_states_what_is_missing(files, tmp_path, capsys, settings, message):
     settings = {"dataset_name": "corpus", "bf16": "false", **settings}
     if settings["dataset_name"] is not None:
         settings["dataset_name"] = files / settings["dataset_name"]
@@ -111,14 +111,14 @@ def test_wrong_commands_are_answered(capsys, tmp_path):
         (["--config"], "--config: expected one argument"),
     ],
 )
-def test_wrong_flags_are_told_in_a_line(files, tmp_path, capsys, monkeypatch, launched, wrong, message):
+def test_wrong_flags_are_reported_in_one_line(files, tmp_path, capsys, monkeypatch, launched, wrong, message):
     if launched:
         monkeypatch.setenv("HF_SAM_LAUNCHED", "1")
     assert main(["sft", *sft_flags(files, tmp_path), *wrong]) == 2
     assert message in one_line(capsys, "hf-sam sft")
 
 
-def test_flags_that_are_nearly_those_of_the_launcher_are_told(files, tmp_path, capsys):
+def test_flags_that_are_nearly_those_of_the_launcher_are_reported(files, tmp_path, capsys):
     for wrong, message in (
         (["--num_proceses", "2"], "--num_proceses. Did you mean --num_processes?"),
         (["--accelerate_config", "zero9"], "zero9 is neither a file nor a valid config"),
@@ -144,7 +144,9 @@ def test_flags_that_are_nearly_those_of_the_launcher_are_told(files, tmp_path, c
         ),
     ],
 )
-def test_wrong_config_files_are_told_in_a_line(tmp_path, capsys, monkeypatch, command, launched, content, message):
+def test_wrong_config_files_are_reported_in_one_line(
+    tmp_path, capsys, monkeypatch, command, launched, content, message
+):
     if launched:
         monkeypatch.setenv("HF_SAM_LAUNCHED", "1")
     config = tmp_path / "absent.yaml"
@@ -157,7 +159,7 @@ def test_wrong_config_files_are_told_in_a_line(tmp_path, capsys, monkeypatch, co
 
 
 @pytest.mark.parametrize("command", ["sft", "clm"])
-def test_what_a_run_needs_is_told_before_it_is_loaded(files, tmp_path, capsys, command):
+def test_what_a_run_needs_is_reported_before_it_is_loaded(files, tmp_path, capsys, command):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "empty").mkdir()
     model = tmp_path / "truncated"
@@ -210,7 +212,7 @@ def test_ctrl_c_and_the_errors_of_a_script(tmp_path, capsys, monkeypatch):
         main(["--debug", "run", "--sam_rho", "-1", str(script)])
 
 
-def test_a_launched_process_tells_its_mistake_and_the_launcher_passes_its_status_on(files, tmp_path, capfd):
+def test_a_launched_process_states_its_mistake_and_the_launcher_passes_its_status_on(files, tmp_path, capfd):
     argv = sft_flags(files, tmp_path / "out", sam_rho=-1)
     assert main(["sft", "--cpu", "--num_processes", "1", *argv]) == 2
     err = capfd.readouterr().err

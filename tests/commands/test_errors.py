@@ -1,4 +1,4 @@
-"""Which errors are mistakes of the user, told in a line, and which are bugs, shown with their traceback."""
+"""Which errors are mistakes of the user, reported in one line, and which are bugs, shown with their traceback."""
 
 import errno
 import os
@@ -12,8 +12,8 @@ from hf_sam.commands.reporting import command, run_command
 from hf_sam.runtime.errors import MeasurementError
 
 
-def told(capsys, program, **kwargs) -> str | None:
-    """The line that a command tells about an error of its program; None if the error is raised again."""
+def error_line(capsys, program, **kwargs) -> str | None:
+    """The line that a command prints about an error of its program; None if it raises the error."""
     try:
         status = run_command("command", program, **kwargs)
     except Exception:
@@ -52,23 +52,23 @@ def function_of(module: str, body: str, file: str = "made_up.py"):
     ],
 )
 def test_who_raises_what_decides(capsys, module, body, mistake):
-    line = told(capsys, function_of(module, body))
+    line = error_line(capsys, function_of(module, body))
     assert (line is not None) == mistake
     if mistake:
         assert line in ("wrong", "'/nowhere/at/all': No such file or directory.")
 
 
-def test_where_a_script_of_the_users_own_runs_only_hf_sam_tells(capsys):
+def test_where_a_script_of_the_users_own_runs_only_errors_of_hf_sam_are_reported(capsys):
     for module, mistake in (("hf_sam.arguments", True), ("transformers.training_args", False), ("users_own", False)):
         program = function_of(module, "raise ValueError('wrong')")
-        assert (told(capsys, program, hosts=False) is not None) == mistake
-    assert told(capsys, function_of("users_own", "open('/nowhere/at/all')"), hosts=False) is None
+        assert (error_line(capsys, program, hosts=False) is not None) == mistake
+    assert error_line(capsys, function_of("users_own", "open('/nowhere/at/all')"), hosts=False) is None
 
 
-def test_errors_of_measures_and_of_many_lines_are_told_in_one(capsys):
+def test_errors_of_measures_and_of_many_lines_are_reported_in_one(capsys):
     names = {"__name__": "hf_sam.instruments.loss", "MeasurementError": MeasurementError}
     exec("def function():\n    raise MeasurementError('first\\n  second')", names)
-    assert told(capsys, names["function"]) == "first second"
+    assert error_line(capsys, names["function"]) == "first second"
 
 
 def test_recipes_count_as_ours_with_their_neighbours(capsys, tmp_path):
@@ -112,15 +112,16 @@ class Fails(TrainerCallback):
 def test_within_training_the_host_has_bugs_and_the_disk_may_be_full(capsys, tmp_path, module, body, mistake):
     run = make_trainer(tmp_path, max_steps=1)
     run.add_callback(Fails(function_of(module, body)))
-    assert (told(capsys, lambda: run.train() and 0) is not None) == mistake
+    assert (error_line(capsys, lambda: run.train() and 0) is not None) == mistake
 
 
-def test_errors_of_the_hosts_own_settings_are_told(capsys, tmp_path):
-    line = told(capsys, lambda: TrainingArguments(output_dir=str(tmp_path), bf16=True, fp16=True, use_cpu=True) and 0)
+def test_errors_of_the_hosts_own_settings_are_reported(capsys, tmp_path):
+    wrong = {"bf16": True, "fp16": True, "use_cpu": True}
+    line = error_line(capsys, lambda: TrainingArguments(output_dir=str(tmp_path), **wrong) and 0)
     assert "fp16 and bf16" in line
 
 
-def test_of_several_processes_the_first_tells(capsys, monkeypatch):
+def test_of_several_processes_the_first_reports(capsys, monkeypatch):
     program = function_of("hf_sam", "raise ValueError('wrong')")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run_command("command", program) == 2
@@ -136,7 +137,7 @@ def test_asked_for_the_traceback_is_shown(monkeypatch):
         run_command("command", function_of("hf_sam", "raise ValueError('wrong')"))
 
 
-def test_no_command_of_the_project_tells_errors_in_another_way():
+def test_no_command_of_the_project_reports_errors_in_another_way():
     root = Path(__file__).parents[2]
     for path in (*(root / "recipes").glob("*.py"), *(root / "hf_sam").rglob("*.py")):
         text = path.read_text()

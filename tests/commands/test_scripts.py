@@ -134,7 +134,7 @@ if __name__ == "__main__":
 '''
 
 
-def test_a_script_of_ones_own_runs_unchanged(tmp_path, monkeypatch):
+def test_a_script_of_the_user_runs_unchanged(tmp_path, monkeypatch):
     # What the script computes comes back through a module that the test can see.
     holder = types.ModuleType("holder")
     monkeypatch.setitem(sys.modules, "holder", holder)
@@ -175,7 +175,7 @@ def test_errors_of_a_script_show_its_own_lines(tmp_path):
         ("import transformers\ntransformers.Trainer", "config"),
     ],
 )
-def test_a_script_in_which_sam_cannot_act_is_told_of(tmp_path, caplog, source, missing):
+def test_a_script_in_which_sam_cannot_act_is_reported_of(tmp_path, caplog, source, missing):
     path = tmp_path / "nothing.py"
     path.write_text(source + "\n")
     with caplog.at_level("WARNING", logger="hf_sam"):

@@ -131,7 +131,7 @@ def test_documents_of_a_text_file_end_at_blank_lines(tmp_path):
         loaded(tmp_path, mixture=[{"path": str(tmp_path / "a.txt")}])
 
 
-def test_what_is_wrong_with_data_is_told_with_its_name(tmp_path):
+def test_what_is_wrong_with_data_is_reported_with_its_name(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "a.jsonl").write_text('{"txt": "b"}\n')
     for settings, message in (

@@ -28,7 +28,7 @@ def test_tokens_are_read_as_people_write_them(text, tokens):
 
 
 @pytest.mark.parametrize("text", ["", "many", "-5M", "0", "1.5", "0.0001k", "nan", "inf", "5X", "B"])
-def test_what_is_no_number_of_tokens_is_told(text):
+def test_what_is_no_number_of_tokens_is_reported(text):
     with pytest.raises(ValueError, match="is no number of tokens: write 50B"):
         parse_tokens(text)
 
@@ -68,7 +68,7 @@ def test_a_budget_and_a_batch_set_steps_and_accumulation(tmp_path):
         ({"train_tokens": "1M", "anneal_from": "nowhere"}, "is no checkpoint of a training run"),
     ],
 )
-def test_wrong_settings_are_told(tmp_path, settings, message):
+def test_wrong_settings_are_reported(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **settings)
 
@@ -93,7 +93,7 @@ def test_annealing_counts_from_its_checkpoint(tmp_path):
         ({"datasets": ["a"], "preprocessing_num_workers": 0}, "preprocessing_num_workers=0 must be 1"),
     ],
 )
-def test_wrong_data_settings_are_told(settings, message):
+def test_wrong_data_settings_are_reported(settings, message):
     with pytest.raises(ValueError, match=message):
         DataArguments(**settings).check()
 

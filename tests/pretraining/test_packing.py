@@ -151,7 +151,7 @@ def test_the_order_does_not_depend_on_where_it_is_entered_or_how_long_it_is():
     ]
 
 
-def test_too_few_rows_are_told_with_the_passes_that_it_would_take():
+def test_too_few_rows_are_reported_with_the_passes_that_it_would_take():
     with pytest.raises(
         ValueError, match=r"'small' has 200 tokens, but the run takes 500.*2\.5 passes.*num_train_epochs"
     ):
@@ -164,12 +164,12 @@ def test_too_few_rows_are_told_with_the_passes_that_it_would_take():
     ("weights", "message"),
     [([1, 0], "must be positive"), ([1, float("nan")], "must be positive"), ([1, 1e-4], "less than one")],
 )
-def test_wrong_weights_are_told(weights, message):
+def test_wrong_weights_are_reported(weights, message):
     with pytest.raises(ValueError, match=message):
         Mixture(weights)
 
 
-def test_missing_columns_and_what_is_no_text_are_told(tmp_path):
+def test_missing_columns_and_what_is_no_text_are_reported(tmp_path):
     pattern = write_documents(tmp_path / "data")
     with pytest.raises(ValueError, match=r"no column 'body', but 'text'"):
         tokenized(TextSource(pattern, column="body"), tokenizer())

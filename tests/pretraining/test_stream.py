@@ -58,7 +58,7 @@ def test_files_are_read_side_by_side(tmp_path):
 
 
 @pytest.mark.parametrize("taken", [0, 1, 17, 3000, 5000])
-def test_tokens_go_on_where_the_state_was_taken(corpus, taken):
+def test_tokens_resume_where_the_state_was_taken(corpus, taken):
     source = token_stream(corpus)
     source.take(taken)
     state = json.loads(json.dumps(source.state()))
@@ -87,7 +87,7 @@ def test_the_same_for_one_and_two_workers(corpus):
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 3.0)])
 @pytest.mark.parametrize("consumed", [0, 1, 31, 32, 33, 64, 150, 299])
-def test_rows_go_on_where_the_run_was_however_far_it_had_read(corpus, consumed, weights):
+def test_rows_resume_where_the_run_was_however_far_it_had_read(corpus, consumed, weights):
     whole = ids(stream(corpus, weights=weights))
     interrupted = stream(corpus, weights=weights)
     reader = iter(interrupted)
@@ -111,7 +111,7 @@ def test_rows_go_on_where_the_run_was_however_far_it_had_read(corpus, consumed, 
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 3.0)])
-def test_a_longer_stream_goes_on_behind_a_shorter_one_also_from_the_middle_of_its_last_block(corpus, weights):
+def test_a_longer_stream_resumes_behind_a_shorter_one_also_from_the_middle_of_its_last_block(corpus, weights):
     whole = ids(stream(corpus, rows=300, weights=weights))
     short = stream(corpus, rows=110, weights=weights)
     assert ids(short) == whole[:110]
@@ -164,7 +164,7 @@ def test_a_mixture_ends_where_its_shares_cannot_be_kept(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt", "disk"])
-def test_every_form_of_data_goes_on_where_it_was(tmp_path, kind):
+def test_every_form_of_data_resumes_where_it_was(tmp_path, kind):
     texts = [f"w{i % 50} w{i % 7} w{i % 11}" for i in range(300)]
     rows = datasets.Dataset.from_dict({"text": texts})
     if kind == "disk":
@@ -200,7 +200,7 @@ def test_documents_are_marked_where_asked(corpus):
         assert torch.equal(row["position_ids"] == 0, begins)
 
 
-def test_what_is_no_text_is_told(tmp_path):
+def test_what_is_no_text_is_reported(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"text": null}\n')
     with pytest.raises(ValueError, match="holds NoneType instead of text in the column 'text'"):
         TokenStream(TextSource(str(tmp_path / "bad.jsonl")), tokenizer()).take(9)

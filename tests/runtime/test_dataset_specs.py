@@ -80,7 +80,7 @@ def test_names_and_files(tmp_path):
         ({}, "none.jsonl", "it cannot be loaded"),
     ],
 )
-def test_what_is_wrong_is_told(tmp_path, files, place, message):
+def test_what_is_wrong_is_reported(tmp_path, files, place, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Folders that cannot be written to: told why, and not called full."""
+"""Folders that cannot be written to: the error gives the reason, and does not call them full."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def test_a_folder_that_can_be_written_to_is_left_as_it_is(tmp_path):
     assert check_writable(tmp_path / "link" / "a") == tmp_path / "link"
 
 
-def told(kind, folder) -> str:
+def message_of(kind, folder) -> str:
     with pytest.raises(kind) as caught:
         check_disk(folder, 1, "a file")
     message = str(caught.value)
@@ -31,10 +31,10 @@ def told(kind, folder) -> str:
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path / 'file'} is a file" in told(NotADirectoryError, tmp_path / "file")
-    assert f"{tmp_path / 'file'} is a file" in told(NotADirectoryError, tmp_path / "file" / "a" / "b")
+    assert f"{tmp_path / 'file'} is a file" in message_of(NotADirectoryError, tmp_path / "file")
+    assert f"{tmp_path / 'file'} is a file" in message_of(NotADirectoryError, tmp_path / "file" / "a" / "b")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    assert "nothing can be made in" in told(FileNotFoundError, tmp_path / "link" / "a")
+    assert "nothing can be made in" in message_of(FileNotFoundError, tmp_path / "link" / "a")
 
 
 def test_without_permission(tmp_path):
@@ -47,7 +47,7 @@ def test_without_permission(tmp_path):
             above.chmod(0o755) if above.stat().st_uid == 0 and above != Path("/tmp") else None
         os.seteuid(65534)
     try:
-        assert f"you may not write to {folder}" in told(PermissionError, folder / "a")
+        assert f"you may not write to {folder}" in message_of(PermissionError, folder / "a")
     finally:
         os.seteuid(before)
 

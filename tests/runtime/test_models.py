@@ -61,7 +61,7 @@ def test_an_adapter_whose_base_is_gone_says_so(shelf, tmp_path):
         find_model(str(tmp_path / "adapter"))
 
 
-def test_names_are_told_apart(shelf, tmp_path):
+def test_names_are_distinguished(shelf, tmp_path):
     shutil.copytree(shelf / "tuned1", tmp_path / "base")
     first, second = find_model(str(shelf / "base")), find_model(str(tmp_path / "base"))
     assert [s.name for s in with_distinct_names([first, second])] == [str(shelf / "base"), str(tmp_path / "base")]
@@ -125,7 +125,7 @@ def test_hub_ids_are_downloaded_at_their_revision(hub):
     assert hub.asked == [("org/model", "step1", False), ("org/model", None, False), ("org/model", "refs/pr/1", False)]
 
 
-def test_what_the_hub_does_not_have_is_told(hub):
+def test_what_the_hub_does_not_have_is_reported(hub):
     with pytest.raises(ValueError, match="'org/model' has no revision 'step2'"):
         find_model("org/model@step2")
     with pytest.raises(ValueError, match="no model 'org/other' on the hub"):

@@ -54,7 +54,7 @@ def test_the_file_is_named(sharded, damage):
         assert repr(str(path)) in str(caught.value)
 
 
-def test_an_index_that_lies_is_told(sharded):
+def test_an_index_that_lies_is_reported(sharded):
     path = sharded / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     name, file = next(iter(index["weight_map"].items()))
@@ -69,7 +69,7 @@ def test_an_index_that_lies_is_told(sharded):
 
 
 @pytest.mark.parametrize("broken", ["tuned2", "adapter", "base of the adapter"])
-def test_hf_sam_evaluate_tells_it_before_anything_is_measured(shelf, tmp_path, capsys, broken):
+def test_hf_sam_evaluate_states_it_before_anything_is_measured(shelf, tmp_path, capsys, broken):
     for name in ("base", "tuned1", "tuned2", "adapter"):
         shutil.copytree(shelf / name, tmp_path / name)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

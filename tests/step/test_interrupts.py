@@ -75,7 +75,7 @@ def test_running_out_of_memory_starts_over_with_a_smaller_batch(tmp_path):
     assert len(step_logs(run)) == 2
 
 
-def test_training_goes_on_after_an_interrupt(tmp_path):
+def test_training_resumes_after_an_interrupt(tmp_path):
     run = trainer(tmp_path, trainer_class=FailsInBackward, sam_rho=0.5)
     with pytest.raises(RuntimeError, match="broken"):
         run.train()

@@ -92,7 +92,7 @@ def sign(w, g, rho):
     return {name: rho * value.sign() / norm for name, value in g.items()}, norm
 
 
-def test_a_variant_of_ones_own_trains_by_its_name(registered, monkeypatch, tmp_path):
+def test_a_variant_of_the_user_trains_by_its_name(registered, monkeypatch, tmp_path):
     registered(SignSAM)
     monkeypatch.setitem(PERTURBATIONS, "sign", sign)
     flags = f"--output_dir {tmp_path} --sam_rho 0.3 --sam_variant sign".split()

@@ -164,7 +164,7 @@ def test_a_copy_that_the_first_pass_of_a_step_made_is_made_again_for_the_second(
     assert sam.pop_metrics()["sam/sharpness"] > 0
 
 
-def test_a_pass_that_does_not_see_the_perturbation_is_told_once(caplog):
+def test_a_pass_that_does_not_see_the_perturbation_is_reported_once(caplog):
     class Stale(CachesWeight):
         def forward(self, features, labels):
             return {"loss": torch.nn.functional.cross_entropy(super().forward(features), labels)}
@@ -186,7 +186,7 @@ def trainer_of(model, rows, **settings):
 
 
 @pytest.mark.parametrize(("rho", "told"), [(1e-9, False), (0.05, False), (RHO, False), (300.0, True)])
-def test_a_radius_that_explodes_is_told_once_and_no_other_is(rho, told, caplog):
+def test_a_radius_that_explodes_is_reported_once_and_no_other_is(rho, told, caplog):
     model, batch = network(), data()
     sam = SAMStep(Accelerator(cpu=True), model, rho)
 

@@ -46,7 +46,7 @@ def test_without_a_trainer_too_and_in_modules_that_the_loop_names(model):
     assert sam.state() == plain.state()
 
 
-def test_a_large_frozen_model_that_forward_updates_is_told_once_and_followed_from_then_on(tmp_path, caplog):
+def test_a_large_frozen_model_that_forward_updates_is_reported_once_and_followed_from_then_on(tmp_path, caplog):
     class Large(momentum("through data")):
         """More frozen weights than there is room for copies of."""
 

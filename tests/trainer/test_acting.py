@@ -30,7 +30,7 @@ def warnings_of(caplog, run) -> str:
         ({"sam_rho": 0.0, "sam_variant": "asam", "sam_end_steps": 2}, "sam_variant, sam_end_steps have no effect"),
     ],
 )
-def test_settings_without_effect_are_told_once(tmp_path, caplog, settings, message):
+def test_settings_without_effect_are_reported_once(tmp_path, caplog, settings, message):
     run = trainer(tmp_path, **{"sam_rho": 0.05, "max_steps": 4, **settings})
     text = warnings_of(caplog, run.train)
     assert text.count("WARNING") == 1
@@ -51,7 +51,7 @@ def test_settings_that_take_effect_are_not_warned_about(tmp_path, caplog, settin
     assert not warnings_of(caplog, trainer(tmp_path, max_steps=4, **settings).train)
 
 
-def test_a_sam_config_in_a_plain_trainer_is_told(tmp_path, caplog):
+def test_a_sam_config_in_a_plain_trainer_is_reported(tmp_path, caplog):
     def plain():
         args = arguments(tmp_path, sam_rho=0.05, max_steps=1)
         Trainer(model=olmo2(), args=args, train_dataset=token_dataset()).train()
@@ -73,7 +73,7 @@ def history_of(run) -> SAMHistory:
 
 
 @pytest.mark.parametrize("restore", [True, False])
-def test_the_count_goes_on_in_a_resumed_run(tmp_path, restore):
+def test_the_count_resumes_in_a_resumed_run(tmp_path, restore):
     settings = {
         "sam_rho": 0.05,
         "max_steps": 6,
@@ -116,7 +116,7 @@ class Explodes(TrainerCallback):
             model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
 
 
-def test_skipped_steps_are_told_apart(tmp_path, capsys):
+def test_skipped_steps_are_distinguished(tmp_path, capsys):
     run = SAMTrainer(
         model=olmo2(),
         args=arguments(tmp_path, sam_rho=0.05, max_steps=2, max_grad_norm=0.0, learning_rate=0.0),
@@ -231,7 +231,7 @@ def test_a_run_that_begins_with_anothers_checkpoint_counts_its_own_steps(setting
         ),
     ],
 )
-def test_swapped_arguments_are_told_apart(swap, message):
+def test_swapped_arguments_are_distinguished(swap, message):
     from accelerate import Accelerator
 
     with pytest.raises(TypeError, match=message):

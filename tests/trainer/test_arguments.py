@@ -151,7 +151,7 @@ def test_json_file_and_saved_dict_give_the_same_arguments(tmp_path):
     assert again.lr_scheduler_type == args.lr_scheduler_type
 
 
-def test_a_config_of_ones_own_carries_the_same_flags(tmp_path):
+def test_a_config_of_the_user_carries_the_same_flags(tmp_path):
     @dataclass
     class MyConfig(SAMArguments, TrainingArguments):
         lr_scheduler_type: str = "cosine"

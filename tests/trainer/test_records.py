@@ -130,7 +130,7 @@ def trainer_args(tmp_path, **settings):
     )
 
 
-def test_with_fewer_micro_batches_in_the_ascent_counters_go_on_and_values_at_w_plus_e_stay_out(tmp_path):
+def test_with_fewer_micro_batches_in_the_ascent_counters_resume_and_values_at_w_plus_e_stay_out(tmp_path):
     args = trainer_args(tmp_path, sam_rho=RHO, gradient_accumulation_steps=3, max_steps=2, sam_ascent_micro_batches=1)
     sam = named(Recording)(model=linear(), args=args, train_dataset=ROWS)
     sam.train()
@@ -143,7 +143,7 @@ def test_with_fewer_micro_batches_in_the_ascent_counters_go_on_and_values_at_w_p
     assert list(sam.nested["train"]["losses"]) == plain.history[::3]
 
 
-def test_log_in_compute_loss_tells_each_micro_batch_once(tmp_path):
+def test_log_in_compute_loss_states_each_micro_batch_once(tmp_path):
     class Logs(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss = torch.nn.functional.cross_entropy(model(inputs["x"]), inputs["y"])
@@ -208,7 +208,7 @@ def test_a_record_that_does_not_exist_is_refused_with_what_is_near(tmp_path):
         cls(model=linear(), args=trainer_args(tmp_path, sam_rho=RHO), train_dataset=ROWS).train()
 
 
-def test_records_that_nobody_named_are_told_once(tmp_path, caplog):
+def test_records_that_nobody_named_are_reported_once(tmp_path, caplog):
     cls = type("Sam", (SAMMixin, Recording), {"sam_recorded": (*SAMMixin.sam_recorded, "history")})
     with caplog.at_level("WARNING", logger="hf_sam"):
         cls(model=linear(), args=trainer_args(tmp_path, sam_rho=RHO), train_dataset=ROWS).train()
@@ -217,7 +217,7 @@ def test_records_that_nobody_named_are_told_once(tmp_path, caplog):
     assert "'history'" not in caplog.text
 
 
-def test_nothing_is_told_of_a_trainer_that_records_nothing(tmp_path, caplog):
+def test_nothing_is_reported_of_a_trainer_that_records_nothing(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="hf_sam"):
         trainer(tmp_path, sam_rho=0.05, max_steps=2).train()
     assert not caplog.text

@@ -107,7 +107,7 @@ def test_arguments_without_sam_fields_are_refused(tmp_path):
         SAMTrainer(model=olmo2(), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 
-def test_a_pattern_without_match_is_told_at_construction(tmp_path):
+def test_a_pattern_without_match_is_reported_at_construction(tmp_path):
     with pytest.raises(ValueError, match="sam_target_modules: 'q_prj'"):
         trainer(tmp_path, sam_rho=0.05, sam_target_modules=["q_prj"])
 
@@ -160,7 +160,7 @@ def test_annealing_may_be_set_after_construction(tmp_path):
     assert rates == pytest.approx([1.0, 1.0, 1.0, 0.5])
 
 
-def test_nothing_to_train_is_told_at_construction(tmp_path):
+def test_nothing_to_train_is_reported_at_construction(tmp_path):
     model = olmo2().requires_grad_(False)
     with pytest.raises(ValueError, match="Unfreeze"):
         SAMTrainer(model=model, args=arguments(tmp_path, sam_rho=0.05), train_dataset=token_dataset(rows=4))
@@ -173,7 +173,7 @@ def test_a_model_trained_in_eight_bits_is_refused(tmp_path):
         SAMStep(Accelerator(cpu=True), model, rho=0.05)
 
 
-def test_lomo_is_refused_in_a_loop_of_ones_own():
+def test_lomo_is_refused_in_a_loop_of_the_user():
     # Accelerate sets this when it prepares such an optimizer, which needs a package of its own.
     lomo = accelerator(DistributedType.NO)
     lomo.has_lomo_optimizer = True

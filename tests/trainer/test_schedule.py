@@ -103,7 +103,7 @@ def test_warmup_and_annealing_must_fit_into_the_run(tmp_path):
         run.train()
 
 
-def test_annealing_and_a_scheduler_of_ones_own_contradict(tmp_path):
+def test_annealing_and_a_scheduler_of_the_user_contradict(tmp_path):
     import torch
     from toy import arguments, olmo2, token_dataset
 
