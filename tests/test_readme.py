@@ -45,7 +45,7 @@ def test_the_trainer_made_in_one_line_runs_as_shown(tmp_path, monkeypatch):
     assert shown["trainer"].state.log_history[0]["sam/sharpness"] != 0
 
 
-def test_the_loop_of_ones_own_runs_as_shown():
+def test_the_loop_of_the_user_runs_as_shown():
     program = next(block for block in code_blocks("python") if "SAMStep" in block)
     model = olmo2()
     names = {
