@@ -8,7 +8,7 @@ from accelerate.logging import get_logger
 from transformers import SchedulerType, TrainingArguments
 
 from .step.counts import check_count
-from .step.variants import VARIANTS, check_variant
+from .step.variants import DEFAULT, VARIANTS, check_variant
 
 logger = get_logger(__name__)
 
@@ -68,7 +68,7 @@ class SAMArguments:
         metadata={"help": "[SAM] Radius rho of the SAM perturbation e = rho * g / ||g||; 0 trains without SAM."},
     )
     sam_variant: str = field(
-        default="sam",
+        default=DEFAULT,
         metadata={
             "help": "[SAM] What the perturbation is: "
             + "; ".join(f"{name}: {variant.equation}" for name, variant in VARIANTS.items())

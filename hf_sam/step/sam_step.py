@@ -21,7 +21,7 @@ from .loss_scale import scalers_used
 from .metrics import SAMMetrics
 from .perturbation import Perturbation
 from .replay import KeptInputs, World, WorldState, muted
-from .variants import get_variant
+from .variants import DEFAULT, get_variant
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ class SAMStep:
         rho: float,
         *,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-        variant: str = "sam",
+        variant: str = DEFAULT,
         ascent_micro_batches: float | None = None,
         ascent_sync: str = "global",
         target_modules: list[str] | None = None,

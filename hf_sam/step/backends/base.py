@@ -73,7 +73,7 @@ class Backend(abc.ABC):
         self.accelerator = accelerator
         self.model = model
         self.models = [model]
-        self.variant = get_variant("sam") if variant is None else variant
+        self.variant = get_variant() if variant is None else variant
         self.ascent_sync = ascent_sync
         self.seed = seed
         self._target = target

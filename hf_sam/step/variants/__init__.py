@@ -9,9 +9,10 @@ from .asam import ASAM
 from .base import Piece, Variant
 from .sam import SAM
 
-__all__ = ["VARIANTS", "Piece", "Variant", "get_variant", "register"]
+__all__ = ["DEFAULT", "VARIANTS", "Piece", "Variant", "get_variant", "register"]
 
 VARIANTS: dict[str, type[Variant]] = {}
+DEFAULT = SAM.name
 
 
 def register(variant: type[Variant]) -> type[Variant]:
@@ -32,7 +33,7 @@ for _variant in (SAM, ASAM):
     register(_variant)
 
 
-def get_variant(name: str) -> Variant:
+def get_variant(name: str = DEFAULT) -> Variant:
     """A new instance of the variant of that name.
 
     Raises:
