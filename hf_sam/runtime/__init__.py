@@ -1,1 +1,1 @@
-"""Plumbing that knows nothing of SAM: processes, shards, models, datasets, configs, records, disk."""
+"""Plumbing that does not depend on SAM: processes, shards, models, datasets, configs, records, disk."""

@@ -1,4 +1,4 @@
-"""Data by name: a file, a pattern of files, a folder, or a dataset of the hub."""
+"""Load a dataset from its spec: a file, a glob pattern, a folder, or a dataset on the Hub."""
 
 import glob
 import os
@@ -11,7 +11,7 @@ _COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 
 
 def named(spec: str) -> tuple[str, str]:
-    """`NAME=PLACE`, or a place that is its own name (the end of a path)."""
+    """Split `[NAME=]PLACE` into name and place; without `NAME=`, the name is the last part of the path."""
     match = re.match(r"([\w .-]+)=(.+)", spec)
     if match and not os.path.exists(spec):
         return match[1], match[2]
@@ -26,19 +26,21 @@ def open_split(
     streaming: bool = False,
     preferred: Sequence[str] = ("test", "validation", "train"),
 ):
-    """The dataset that `place` names.
+    """Load one split of the dataset at `place`.
 
     Args:
-        place (`str`): a file (.jsonl, .json, .csv, .parquet, also compressed; .txt, where blank lines end documents),
-            a pattern of such files (`data/*.jsonl.zst`), a folder, or `HUB/ID[/FOLDER][:CONFIG][@REVISION]`.
-        split (`str`, *optional*): the split; the first of `preferred` that there is, when omitted.
-        streaming (`bool`): whether to read it while it is used, instead of before.
+        place (`str`): a file (.jsonl, .json, .csv, .parquet, also compressed; .txt, where a blank line ends a
+            document), a glob pattern of such files (`data/*.jsonl.zst`), a folder, or
+            `HUB/ID[/FOLDER][:CONFIG][@REVISION]`.
+        split (`str`, *optional*): the split. When omitted, the first of `preferred` that exists.
+        streaming (`bool`): stream the data instead of loading it first.
+        preferred (`Sequence[str]`): splits to try when `split` is omitted.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: the split.
 
     Raises:
-        ValueError: if there is no such data or split, or a file is empty.
+        ValueError: if the data or the split does not exist, or a file is empty.
     """
     splits = open_splits(place, streaming=streaming)
     for choice in [split] if split else [*preferred, *splits]:
@@ -48,19 +50,19 @@ def open_split(
 
 
 def open_splits(place: str, *, config: str | None = None, streaming: bool = False) -> dict:
-    """All splits of the dataset that `place` names; see [`open_split`].
+    """Load all splits of the dataset at `place`.
 
     Args:
         place (`str`): see [`open_split`].
-        config (`str`, *optional*): the configuration, if `place` names none.
-        streaming (`bool`): whether to read it while it is used, instead of before.
+        config (`str`, *optional*): the dataset configuration, if `place` does not contain one.
+        streaming (`bool`): stream the data instead of loading it first.
 
     Returns:
-        `dict[str, datasets.Dataset | datasets.IterableDataset]`: by name; a file, a pattern of files and a dataset
-        that was saved without splits are the split `train`.
+        `dict[str, datasets.Dataset | datasets.IterableDataset]`: splits by name. A file, a glob pattern and a dataset
+        saved without splits become the split `train`.
 
     Raises:
-        ValueError: if there is no such data, or a file is empty.
+        ValueError: if the data does not exist, or a file is empty.
     """
     import datasets
 
@@ -79,37 +81,37 @@ def open_splits(place: str, *, config: str | None = None, streaming: bool = Fals
                 splits = _as_streams(splits)
         else:
             splits = datasets.load_dataset(path, config, streaming=streaming, **options)
-    except Exception as error:  # datasets has a dozen kinds for this
+    except Exception as error:  # `datasets` raises a dozen different types
         where = "" if is_local(place) else "there is no such file or folder here, and the hub gave "
         raise ValueError(f"it cannot be loaded: {where}{type(error).__name__}: {error}") from error
     return {"train": splits} if isinstance(splits, datasets.Dataset | datasets.IterableDataset) else splits
 
 
 def is_saved(place: str) -> bool:
-    """Whether a folder was written by `save_to_disk`."""
+    """Whether `place` is a folder written by `save_to_disk`."""
     return os.path.isdir(place) and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json"))
 
 
 def is_local(place: str) -> bool:
-    """Whether a place is a file, a folder, or a pattern that matches files."""
+    """Whether `place` is an existing file or folder, or a pattern that matches files."""
     return os.path.isdir(place) or bool(data_files(place))
 
 
 def _looks_like_file(place: str) -> bool:
-    """Whether a place that does not exist was meant to: ids of the hub have neither such beginnings nor such ends."""
+    """Whether `place` can only be a path: Hub ids neither start nor end like this."""
     suffixes = [suffix for suffix in Path(place).suffixes if suffix not in _COMPRESSED]
     return place.startswith(("/", "./", "../", "~")) or "*" in place or bool(suffixes and suffixes[-1] in _KINDS)
 
 
 def data_files(place: str) -> list[str]:
-    """The files that a path or a pattern names, in order; none for a folder or a dataset of the hub."""
+    """The files that match a path or a pattern, sorted; empty for a folder or a dataset on the Hub."""
     if os.path.isfile(place):
         return [place]
     return sorted(path for path in glob.glob(place, recursive=True) if os.path.isfile(path)) if "*" in place else []
 
 
 def local_files(spec: str) -> list[tuple[str, int]]:
-    """Names and sizes in bytes of the files of a local dataset; empty for a dataset of the hub, which has revisions.
+    """Names and sizes in bytes of the files of a local dataset; empty for a dataset on the Hub, which has revisions.
 
     Args:
         spec (`str`): `[NAME=]PLACE`, see [`open_split`].
@@ -122,17 +124,17 @@ def local_files(spec: str) -> list[tuple[str, int]]:
 
 
 def is_data(path: Path) -> bool:
-    """Whether a file in a folder is data, and not what `datasets` keeps beside it."""
+    """Whether a file in a folder holds data, not the metadata or caches of `datasets`."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
     known = suffixes and suffixes[-1] in {*_KINDS, ".arrow"}
     return bool(known) and not path.name.startswith((".", "cache-", "tmp", "dataset_info", "dataset_dict", "state."))
 
 
 def loader_of(files: list[str], place: str) -> tuple[str, dict]:
-    """The name and the options of the loader of `datasets` that reads the files of a place.
+    """Choose the loader of `datasets` for some files; returns its name and options.
 
     Raises:
-        ValueError: if a file is empty, or they are of different or unknown kinds.
+        ValueError: if a file is empty or its type is unknown, or the files have different types.
     """
     kinds = set()
     for file in files:
@@ -161,7 +163,7 @@ def _as_streams(splits):
 
 
 def _hub_parts(place: str) -> tuple[str, str | None, dict]:
-    """Id, configuration and options of `HUB/ID[/FOLDER][:CONFIG][@REVISION]`."""
+    """Split `HUB/ID[/FOLDER][:CONFIG][@REVISION]` into id, configuration and options of `load_dataset`."""
     path, _, revision = place.partition("@")
     path, _, config = path.partition(":")
     owner, *rest = path.split("/")

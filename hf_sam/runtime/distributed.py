@@ -1,7 +1,7 @@
-"""Collectives over the processes of a run, and which of them computes which batch.
+"""Collectives over the processes of a run, and sharding of batches over them.
 
-Without Accelerate's state (in a script or a notebook) there is one process. Only [`join_processes`] sets up a process
-group; everything else takes what is there.
+Only [`join_processes`] sets up a process group; all other functions use the existing one. Without Accelerate's state
+(in a script or a notebook) there is one process.
 """
 
 import os
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def launched_world_size() -> int:
-    """Number of processes that the launcher started, also before a process group exists."""
+    """Number of processes that the launcher started; known before a process group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -37,12 +37,12 @@ def join_processes() -> None:
     """
     launched = launched_world_size()
     if launched > 1 and not torch.accelerator.is_available():
-        # By default accelerate treats processes on the CPU as separate runs.
+        # By default, accelerate treats CPU processes as separate runs.
         PartialState(cpu=True, backend="gloo")
     else:
         PartialState()
     if launched != rank_and_world()[1]:
-        raise RuntimeError(f"{launched} processes were launched, but accelerate knows of {rank_and_world()[1]}.")
+        raise RuntimeError(f"{launched} processes were launched, but accelerate sees {rank_and_world()[1]}.")
 
 
 def default_device() -> torch.device:
@@ -53,10 +53,10 @@ def default_device() -> torch.device:
 
 
 def shard(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Every world-th batch, and whether it counts.
+    """Shard batches over the ranks; yields the batches of this rank, each with whether it counts.
 
-    All ranks get the same number of batches, because sharded models communicate in every forward pass. Where the last
-    round has no batch for a rank, the rank repeats the batch of another one, which does not count.
+    All ranks get the same number of batches, because sharded models communicate in every forward pass. A rank without
+    a batch in the last round repeats the batch of another rank, which does not count.
     """
     rank, world = rank_and_world()
     if world > 1:
@@ -68,7 +68,7 @@ def shard(batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
 
 
 def _check_data_parallel() -> None:
-    """Raises ValueError where several processes hold one model, and therefore need the same batches."""
+    """Raises ValueError under tensor, context or sequence parallelism, where ranks must share their batches."""
     parallelism = AcceleratorState._shared_state.get("parallelism_config")
     for name in ("tp", "cp", "sp"):
         if getattr(parallelism, f"{name}_enabled", False):
@@ -79,7 +79,7 @@ def _check_data_parallel() -> None:
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
-    """Elementwise sum over all processes, on the device of `value`, which may be overwritten."""
+    """Elementwise sum over all processes, on the device of `value`; may overwrite `value`."""
     if rank_and_world()[1] == 1:
         return value
     from accelerate.utils import reduce
@@ -88,7 +88,7 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_sum_array(values: np.ndarray) -> np.ndarray:
-    """Elementwise sum over all processes, in the precision of `values`."""
+    """Elementwise sum of a NumPy array over all processes, in the precision of `values`."""
     if rank_and_world()[1] == 1:
         return values
     return all_reduce_sum(torch.from_numpy(values).to(PartialState().device)).cpu().numpy()
@@ -104,7 +104,7 @@ def all_reduce_max(value: int) -> int:
 
 
 def broadcast(value: T) -> T:
-    """The value of rank 0, on all ranks."""
+    """Return the value of rank 0 on all ranks."""
     if rank_and_world()[1] == 1:
         return value
     from accelerate.utils import broadcast_object_list
@@ -113,9 +113,9 @@ def broadcast(value: T) -> T:
 
 
 def compute_on_first(compute: Callable[[], T]) -> T:
-    """What `compute` returns on rank 0, on all ranks; a ValueError or an OSError of rank 0 is raised on all ranks.
+    """Call `compute` on rank 0 and return its result on all ranks.
 
-    Raised on rank 0 alone, it would leave the other ranks waiting.
+    A ValueError or OSError of rank 0 is raised on all ranks; otherwise they would wait for rank 0 forever.
     """
     value, problem = None, None
     if rank_and_world()[0] == 0:

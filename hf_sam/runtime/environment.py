@@ -1,4 +1,4 @@
-"""Versions and hardware that figures belong to."""
+"""Versions and hardware, recorded with every result."""
 
 import contextlib
 import importlib.metadata
@@ -10,12 +10,12 @@ import torch
 
 from .distributed import rank_and_world
 
-# Packages that results depend on.
+# Packages whose versions can change results.
 PACKAGES = ("hf-sam", "torch", "transformers", "accelerate", "bitsandbytes", "peft", "datasets", "lm-eval", "scipy")
 
 
 def environment() -> dict:
-    """Versions and hardware that the figures belong to."""
+    """Versions, hardware and command line of this process, for JSON."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -39,5 +39,5 @@ def environment() -> dict:
 
 
 def versions() -> dict:
-    """Versions of the packages, and the devices, that results depend on."""
+    """The part of [`environment`] that can change results: package versions, accelerators and machine."""
     return {name: value for name, value in environment().items() if name in (*PACKAGES, "accelerators", "machine")}

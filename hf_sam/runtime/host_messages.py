@@ -1,31 +1,31 @@
-"""Messages of the host libraries that tell a user nothing, and the filters that keep exactly these away.
+"""Filters for messages of other libraries that users cannot act on.
 
-Each entry says why nobody can act on it. Every other message of the same library still gets through.
+Each entry gives the reason. All other messages of the same library pass.
 """
 
 import logging
 import warnings
 
-# Logger, and how its message begins.
+# Logger, and the first words of its message.
 _LOG_MESSAGES = (
-    # bitsandbytes at import, on CPUs with AVX512-BF16: an optional kernel is missing, and the plain one takes over.
-    # transformers imports bitsandbytes through PEFT, so this is the first line of any command, quantized or not.
+    # bitsandbytes, at import on CPUs with AVX512-BF16: an optional kernel is missing and a fallback is used.
+    # transformers imports bitsandbytes through PEFT, so every command would begin with this line.
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community"),
-    # bitsandbytes in every forward pass of every layer: what LLM.int8() is, and not a setting of the user.
+    # bitsandbytes, in every forward pass of every layer: this is how LLM.int8() works; no setting changes it.
     ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast from"),
 )
 
-# How a message begins, its category, and the module that warns.
+# First words of a warning, its category, and the module that raises it.
 _WARNINGS = (
-    # The default of TRL's configs; a user who never named the flag cannot rename it.
+    # TRL's configs set this flag by default; users have not set it themselves.
     ("`gradient_checkpointing` is deprecated", FutureWarning, r"transformers\.training_args"),
-    # PEFT and TRL read the old name of a property of the model.
+    # PEFT and TRL read a model property by its old name.
     ("`is_gradient_checkpointing` is deprecated", FutureWarning, r"transformers\.modeling_utils"),
 )
 
 
 class _Beginnings(logging.Filter):
-    """Drops the records whose message begins in one of some ways."""
+    """Drops records whose message starts with one of the given beginnings."""
 
     def __init__(self, beginnings: tuple[str, ...]):
         super().__init__()
@@ -41,10 +41,10 @@ def _filter_log_messages() -> None:
 
 
 def filter_warnings() -> None:
-    """Ignore the warnings that libraries raise about each other; for commands, since it changes the whole process."""
+    """Ignore warnings that libraries raise about each other. Only for commands: it affects the whole process."""
     for message, category, module in _WARNINGS:
         warnings.filterwarnings("ignore", message, category, module)
 
 
-# By being imported: the messages come while other modules are.
+# At import time, because the messages appear while other modules are imported.
 _filter_log_messages()

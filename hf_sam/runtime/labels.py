@@ -1,3 +1,3 @@
-"""The label of tokens that no loss counts: the default `ignore_index` of torch's cross-entropy."""
+"""Label of tokens that the loss ignores: the default `ignore_index` of torch's cross-entropy."""
 
 IGNORE_INDEX = -100

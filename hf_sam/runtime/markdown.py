@@ -1,8 +1,8 @@
-"""Markdown."""
+"""Markdown tables."""
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns."""
+    """Format a Markdown table with aligned columns."""
     lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (header, *rows)]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])

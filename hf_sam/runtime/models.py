@@ -1,4 +1,4 @@
-"""What the command line names: models and data, on the hub or on disk. Everything is checked before work begins."""
+"""Find, check and load the models that a command line names, on disk or on the Hub."""
 
 import contextlib
 import json
@@ -26,14 +26,14 @@ _CONFIGS = ("config.json", "adapter_config.json")
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model on this disk.
+    """A model or an adapter in a local folder.
 
     Attributes:
-        name (`str`): what the report calls it.
-        spec (`str`): as it was named.
-        folder (`Path`): where its files are.
-        base (`LocalModel` or `None`): for an adapter, the model that it belongs to.
-        fingerprint (`str`): hash of its weights, and of those of its base.
+        name (`str`): name in reports.
+        spec (`str`): folder or Hub id that the user gave.
+        folder (`Path`): folder of its files.
+        base (`LocalModel` or `None`): for an adapter, its base model.
+        fingerprint (`str`): fingerprint of its weights, for an adapter together with those of its base model.
     """
 
     name: str
@@ -43,10 +43,10 @@ class LocalModel:
     fingerprint: str
 
     def load(self, dtype: torch.dtype, device_map="cpu") -> torch.nn.Module:
-        """The model in evaluation mode, adapters merged into it.
+        """Load the model in evaluation mode; an adapter is merged into its base model.
 
         Raises:
-            FloatingPointError: if a weight is not a finite number.
+            FloatingPointError: if a weight is NaN or infinite.
         """
         if self.base is None:
             model = load_checked(self.folder, dtype=dtype, device_map=device_map)
@@ -59,7 +59,7 @@ class LocalModel:
         return model.eval()
 
     def check_length(self, max_length: int) -> None:
-        """Raises ValueError if the model cannot take rows of that many tokens."""
+        """Raises ValueError if the context of the model is shorter than `max_length` tokens."""
         if self.base is not None:
             self.base.check_length(max_length)
             return
@@ -67,18 +67,18 @@ class LocalModel:
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and max_length > longest:
             raise ValueError(
-                f"{self.spec!r} takes {longest} tokens at most, but rows are up to {max_length} long: "
+                f"{self.spec!r} takes {longest} tokens at most, but rows have up to {max_length}. Set "
                 f"--max_length {longest}."
             )
 
     def vocabulary(self) -> int:
-        """Number of its embeddings."""
+        """Size of the vocabulary in the config."""
         if self.base is not None:
             return self.base.vocabulary()
         return AutoConfig.from_pretrained(self.folder).get_text_config().vocab_size
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weights in its safetensors files, of the base for an adapter; nothing is loaded."""
+        """Shapes of the weights, read from the safetensors headers; for an adapter those of its base model."""
         from safetensors import safe_open
 
         shapes = {}
@@ -88,20 +88,20 @@ class LocalModel:
         return shapes
 
     def check_space(self, dtype: torch.dtype) -> None:
-        """Raises OSError if the disk has no space for the merged copies that an adapter is quantized from."""
+        """Raises OSError if the disk has no space for merged copies, one per process; adapters are quantized merged."""
         size = sum(math.prod(shape) for shape in self.shapes().values()) * dtype.itemsize * rank_and_world()[1]
         check_disk(tempfile.gettempdir(), size, f"the merged copy of {self.spec!r} (set TMPDIR to another disk)")
 
     def tokenizer_fingerprint(self) -> str:
-        """Hash of its tokenizer."""
+        """Fingerprint of the tokenizer: vocabulary and chat template."""
         tokenizer = self.tokenizer()
         return fingerprint([tokenizer.get_vocab(), str(tokenizer.chat_template)])
 
     def tokenizer(self):
-        """Its tokenizer, or that of the model under the adapter.
+        """Load the tokenizer; an adapter without one uses that of its base model.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is no tokenizer.
         """
         has_one = any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
         if not has_one and self.base is not None:
@@ -114,11 +114,11 @@ class LocalModel:
 
 
 def find_model(spec: str) -> LocalModel:
-    """The model that `spec` names: `[NAME=]FOLDER`, or `[NAME=]HUB/ID[@REVISION]`, which is downloaded if need be.
+    """Find the model `[NAME=]FOLDER` or `[NAME=]HUB/ID[@REVISION]`; a Hub model is downloaded if it is not cached.
 
     Raises:
-        ValueError: if it does not exist, or has no such revision.
-        OSError: if it cannot be downloaded, or there is no disk space for it.
+        ValueError: if the model or the revision does not exist, or its files are damaged.
+        OSError: if the download fails, or the disk has no space for it.
     """
     name, place = named(spec)
     folder = Path(place) if os.path.isdir(place) else _download(place)
@@ -143,15 +143,15 @@ def find_model(spec: str) -> LocalModel:
 
 
 def check_model(place: str, revision: str | None = None, weights: bool = True) -> None:
-    """Check that a model that a command trains is there, without reading or downloading its weights.
+    """Check that the model to train exists, without loading or downloading its weights.
 
     Args:
-        place (`str`): a folder, or an id of the hub.
-        revision (`str`, *optional*): on the hub.
-        weights (`bool`, defaults to `True`): whether its weights are needed, too.
+        place (`str`): a folder, or a Hub id.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        weights (`bool`, defaults to `True`): check the weight files of a folder, too.
 
     Raises:
-        ValueError: if it is not there, or a file of its weights is damaged.
+        ValueError: if the model does not exist, or a weight file is damaged.
     """
     if os.path.isdir(place):
         if not any((Path(place) / name).exists() for name in _CONFIGS):
@@ -165,38 +165,38 @@ def check_model(place: str, revision: str | None = None, weights: bool = True) -
     with _hub_errors(place, place, revision):
         try:
             hf_hub_download(place, _CONFIGS[0], revision=revision)
-        except LocalEntryNotFoundError:  # which is an EntryNotFoundError, too: neither in the cache nor to be had
+        except LocalEntryNotFoundError:  # subclass of EntryNotFoundError: not cached, and the Hub cannot be reached
             raise
         except EntryNotFoundError:
             hf_hub_download(place, _CONFIGS[1], revision=revision)
 
 
 def check_same_tokens(base, tuned, name: str) -> None:
-    """Raises ValueError if two tokenizers give the base's tokens different numbers.
+    """Raises ValueError if two tokenizers map the tokens of the base to different ids.
 
-    Tokens that were added to the tuned one (chat markers, padding) do no harm.
+    Tokens added by fine-tuning (chat markers, padding) are allowed.
     """
     known, other = base.get_vocab(), tuned.get_vocab()
     different = [token for token, number in known.items() if other.get(token) != number]
     if different:
         raise ValueError(
             f"The tokenizers of the base and of {name!r} differ: {len(different)} of {len(known)} tokens of the base, "
-            f"such as {different[0]!r}, have another number or none. Losses per token of the two cannot be compared."
+            f"such as {different[0]!r}, have another id or none. Losses per token of the two cannot be compared."
         )
 
 
 def load_checked(path: str | Path, **kwargs) -> torch.nn.Module:
-    """`AutoModelForCausalLM.from_pretrained`, but weights that the files lack are an error instead of random numbers.
+    """`AutoModelForCausalLM.from_pretrained` that raises for missing weights instead of initializing them randomly.
 
     Raises:
-        ValueError: if weights are missing, or have another shape than the config says.
+        ValueError: if weights are missing, or their shapes do not match the config.
     """
     model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     wrong = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
     if wrong:
         raise ValueError(
             f"{str(path)!r} lacks {len(wrong)} of the weights of {type(model).__name__}, such as {wrong[0]!r}, or has "
-            "them in another shape. They would be random; check how the model was saved."
+            "them in another shape. They would be initialized randomly. Check how the model was saved."
         )
     return model
 
@@ -216,13 +216,13 @@ def _download(place: str) -> Path:
             weights = [file for file in top if any(fnmatch(file.rfilename, name) for name in wanted)]
             missing = sum(file.size or 0 for file in weights if file.lfs.sha256 not in cached)
             check_disk(HF_HUB_CACHE, missing, f"the download of {place!r} (set HF_HOME to another disk)")
-        ignored = ["*/*", "consolidated*"]  # the same weights in other forms, other checkpoints
+        ignored = ["*/*", "consolidated*"]  # other checkpoints, and the same weights in other formats
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=ignored))
 
 
 @contextlib.contextmanager
 def _hub_errors(place: str, repo: str, revision: str | None) -> Iterator[None]:
-    """Says for errors of the hub what it is that does not exist, or cannot be reached."""
+    """Turn errors of the Hub into ValueErrors that say what does not exist or cannot be reached."""
     from huggingface_hub.errors import (
         HFValidationError,
         LocalEntryNotFoundError,
@@ -241,7 +241,7 @@ def _hub_errors(place: str, repo: str, revision: str | None) -> Iterator[None]:
             f"There is no folder {place!r}, and no model {repo!r} on the hub that you may read."
         ) from error
     except HFValidationError as error:
-        raise ValueError(f"There is no folder {place!r}, and it is no id of the hub: {error}") from error
+        raise ValueError(f"There is no folder {place!r}, and it is not a Hub id: {error}") from error
     except LocalEntryNotFoundError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
@@ -251,7 +251,7 @@ def _hub_errors(place: str, repo: str, revision: str | None) -> Iterator[None]:
 
 
 def _files_on_hub(repo: str, revision: str | None) -> list:
-    """What the repository holds; nothing if the hub cannot be reached, where the cache may still have it."""
+    """Files of the repository; empty if the Hub cannot be reached (the model may still be cached)."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -259,7 +259,7 @@ def _files_on_hub(repo: str, revision: str | None) -> list:
         return HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
     except (HfHubHTTPError, HFValidationError):
         raise
-    except Exception:  # no network, in the words of whichever library makes the connection
+    except Exception:  # no network; the exception type depends on the HTTP library
         return []
 
 

@@ -1,4 +1,4 @@
-"""Where weights and gradients are: this rank's shard, the precision that computes, what is out of reach."""
+"""Access to sharded weights and gradients: the local shard, the compute precision, and the setups without access."""
 
 import torch
 from accelerate.utils import DistributedType
@@ -8,12 +8,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local_piece(tensor: torch.Tensor) -> torch.Tensor:
-    """The piece of `tensor` on this rank, sharing its storage; the tensor itself where it is not sharded."""
+    """The shard of `tensor` on this rank, a view of its storage; `tensor` itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def piece_of(whole: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """The piece of `whole` that belongs to the shard of `param` on this rank; both have the same global shape."""
+    """The part of `whole` that corresponds to this rank's shard of `param`; both have the same global shape."""
     if not isinstance(param, DTensor):
         return whole
     shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
@@ -21,12 +21,12 @@ def piece_of(whole: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether FSDP2 shards some of the weights."""
+    """Whether FSDP2 shards any of the weights."""
     return any(isinstance(param, DTensor) for param in model.parameters())
 
 
 def check_at_hand(params: dict[str, torch.Tensor], what: str) -> None:
-    """Raises ValueError for weights that are partitioned by ZeRO-3, which cannot be changed from outside."""
+    """Raises ValueError for weights that ZeRO-3 partitions: only DeepSpeed can change them."""
     if any(hasattr(param, "ds_id") for param in params.values()):
         raise ValueError(
             f"{what} changes the weights, which ZeRO-3 partitions. Save the model and measure it with `hf-sam "
@@ -35,7 +35,7 @@ def check_at_hand(params: dict[str, torch.Tensor], what: str) -> None:
 
 
 def check_whole(params: dict[str, torch.Tensor], what: str) -> None:
-    """Raises ValueError for sharded weights, through which no second pass can be differentiated."""
+    """Raises ValueError unless each process holds the whole weights."""
     check_at_hand(params, what)
     if any(isinstance(param, DTensor) for param in params.values()):
         raise ValueError(
@@ -45,38 +45,39 @@ def check_whole(params: dict[str, torch.Tensor], what: str) -> None:
 
 
 def check_gradients_at_hand(accelerator, what: str, optim: str = "") -> None:
-    """Check that gradients can still be changed between the backward pass and the optimizer step.
+    """Check that gradients can be changed between the backward pass and the optimizer step.
 
     Args:
         accelerator (`accelerate.Accelerator`): the accelerator in use.
-        what (`str`): what changes them, for the message.
+        what (`str`): what changes the gradients; subject of the error message.
         optim (`str`, *optional*): name of the optimizer.
 
     Raises:
-        ValueError: under DeepSpeed, FSDP1, and with optimizers that step in the backward pass.
+        ValueError: under DeepSpeed and FSDP1, and for optimizers that step inside the backward pass.
     """
     in_backward = accelerator.has_lomo_optimizer or "lomo" in optim.lower()
     if in_backward or accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
-            f"{what} adds to the gradients after the backward pass, but DeepSpeed and the LOMO optimizers have stepped "
-            "by then. Use DDP or FSDP2 and another optimizer, or set the strength of the penalty to 0."
+            f"{what} adds to the gradients after the backward pass, but DeepSpeed and the LOMO optimizers step inside "
+            "it. Use DDP or FSDP2 and another optimizer, or set the strength of the penalty to 0."
         )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
-            f"{what} cannot see the weights in the flat parameters of FSDP1. Use FSDP2: fsdp_config={{'version': 2}}."
+            f"{what} does not support FSDP1, whose flat parameters hide the weights. Use FSDP2: "
+            "fsdp_config={'version': 2}."
         )
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Drop gathered weights, which would hide a change of the shards."""
+    """Free gathered (unsharded) weights, so that the next forward pass gathers the changed shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def compute_dtype(model: torch.nn.Module, param: torch.Tensor) -> torch.dtype:
-    """The precision in which the forward pass sees `param`."""
+    """The precision in which the forward pass computes with `param`."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             dtype = module._get_fsdp_state()._mp_policy.param_dtype

@@ -1,4 +1,4 @@
-"""Files of weights, checked before anything is computed with them, and weights, checked when they are loaded."""
+"""Checks of weight files before they are loaded, and of loaded weights."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ import torch
 
 
 def check_weights(folder: Path) -> None:
-    """Check that the safetensors files of a model or an adapter are whole; only their headers are read.
+    """Check that the safetensors files of a model or an adapter are complete; reads only their headers.
 
     Raises:
-        ValueError: if a file is damaged or shorter than its header says, or the index names files or weights that are
-            not there; the message names the file.
+        ValueError: if a file is damaged or truncated, or a file or a weight of the index is missing; the message
+            names the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -21,9 +21,7 @@ def check_weights(folder: Path) -> None:
             with safe_open(path, framework="pt") as file:
                 names[path.name] = set(file.keys())
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{str(path)!r} is damaged or was not written to its end ({error}). Copy or download it again."
-            ) from error
+            raise ValueError(f"{str(path)!r} is damaged or truncated ({error}). Copy or download it again.") from error
     for path in sorted(folder.glob("*.safetensors.index.json")):
         for file, weights in _weights_by_file(path).items():
             if file not in names:
@@ -54,7 +52,7 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
     """Check that no weight of a model is NaN or infinite.
 
     Raises:
-        FloatingPointError: if one is; `name` is what the message calls the model.
+        FloatingPointError: if a weight is NaN or infinite; the message uses `name` for the model.
     """
     for weight, param in model.named_parameters():
         if param.is_floating_point() and not torch.isfinite(param).all():

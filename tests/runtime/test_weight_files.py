@@ -47,7 +47,7 @@ def test_the_file_is_named(sharded, damage):
     check_weights(sharded)
     path = sorted(sharded.glob("*.safetensors"))[1]
     damage(path)
-    says = "is missing, but 'model.safetensors.index.json' names it" if damage is remove else "is damaged or was not"
+    says = "is missing, but 'model.safetensors.index.json' names it" if damage is remove else "is damaged or truncated"
     for check in (check_weights, lambda folder: find_model(str(folder)), lambda folder: check_model(str(folder))):
         with pytest.raises(ValueError, match=says) as caught:
             check(sharded)
@@ -84,7 +84,7 @@ def test_hf_sam_evaluate_states_it_before_anything_is_measured(shelf, tmp_path, 
     argv += ["--data", shelf / "old.jsonl", "--max_length", "64", "--output", tmp_path / "out"]
     assert commands.main(["evaluate", *map(str, argv)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path / file}' is damaged or was not written to its end" in line
+    assert f"{tmp_path / file}' is damaged or truncated" in line
     assert not list(tmp_path.glob("out/parts/*.json"))
 
 
