@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..instruments.data import Batch, HeldOutData, batches_of
+from ..instruments.batches import batches_of
 from ..instruments.displacement import floating_parameters
+from ..instruments.documents import Batch, HeldOutData
+from ..instruments.gradients import check_precise, only_trainable
 from ..instruments.loss import counted_logits, token_losses
 from ..instruments.measuring import measuring
-from ..instruments.sharpness import check_precise, only_trainable
 from ..runtime.distributed import all_reduce_sum, shard
 from ..runtime.labels import IGNORE_INDEX
 from ..runtime.progress import progress

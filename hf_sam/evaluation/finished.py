@@ -1,16 +1,11 @@
 """What a finished evaluation may become when another one is asked for in its folder: more, but not something else."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+from ..instruments import INSTRUMENTS
+from ..instruments.registry import groups
 from .results import Results
-
-# Settings by the measures whose numbers depend on them. What decides about losses is in the hash of the data.
-_DEPENDS = {
-    "sharpness": ("sharpness_documents", "seed"),
-    "landscape": ("sharpness_documents", "seed"),
-    "similarity": ("sharpness_documents",),
-    "benchmarks": ("num_fewshot", "benchmark_limit", "task_folder", "seed"),
-}
 
 
 def check_same_evaluation(folder: str | Path, now: dict) -> None:
@@ -68,18 +63,22 @@ def _changed(kind: str, before: list[dict], now: list[dict], content: str) -> li
 def _changed_measures(before: dict, now: dict) -> list[str]:
     old, new = before["settings"], now["settings"]
     found, decisive = [], ["dtype"]
-    for flag in ("quantize", "wise_ft", "sharpness", "landscape", "benchmarks"):
-        found += [f"--{flag} {value} is left out" for value in old[flag] if value not in new[flag]]
-    if old["similarity"] and not new["similarity"]:
-        found.append("--similarity is left out")
-    for flag, names in _DEPENDS.items():
-        decisive += names if old[flag] else ()
-    if "sam" in old["sharpness"]:
-        decisive.append("sam_rho")
+    for flag in ("quantize", "wise_ft", "benchmarks", *groups()):
+        found += [f"--{flag} {value} is left out" for value in old.get(flag, []) if value not in new[flag]]
+    for instrument in INSTRUMENTS.values():
+        if instrument.is_selected(SimpleNamespace(**_with_all_groups(old))):
+            # Which tasks were run is in the lists above.
+            decisive += [name for name in instrument.setting_names if name != "benchmarks"]
     for name in dict.fromkeys(decisive):
         if old[name] != new[name]:
             found.append(f"it has --{name} {old[name]}, not {new[name]}")
-    planes = [[model["name"] for model in record["models"][1:3]] for record in (before, now)]
-    if "plane" in old["landscape"] and planes[0] != planes[1]:
-        found.append(f"its plane goes through {', '.join(planes[0])}")
+    triples = [[model["name"] for model in record["models"][1:3]] for record in (before, now)]
+    measured = [i.name for i in INSTRUMENTS.values() if i.subject == "triple" and i.name in old.get(i.group, [])]
+    if measured and triples[0] != triples[1]:
+        found.append(f"its {measured[0]} goes through {', '.join(triples[0])}")
     return found
+
+
+def _with_all_groups(settings: dict) -> dict:
+    """Settings of a record from before an instrument was registered select nothing of its group."""
+    return {**{name: [] for name in groups()}, **settings}

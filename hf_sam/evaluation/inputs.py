@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from ..instruments.data import HeldOutData
+from ..instruments import HeldOutData
 from ..runtime.dataset_specs import data_files, named, open_split
 from ..runtime.models import LocalModel
 from ..runtime.packages import require

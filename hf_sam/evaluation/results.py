@@ -56,6 +56,14 @@ class Results:
         found = self.find(part, model)
         return found[0]["result"] if found else None
 
+    def by_model(self, part: str) -> dict[str, dict | None]:
+        """Results of a part by model; None for a model on which it failed."""
+        return {record["model"]: record["result"] for record in self.find(part)}
+
+    def selected(self, group: str) -> list[str]:
+        """Names of the instruments of a group that were asked for."""
+        return self.record["settings"].get(group) or []
+
     def readable(self, model: str, data: str) -> bool:
         """Whether the loss of a model was to be measured: the base cannot read tokens that fine-tuning added."""
         return bool(self.find("loss", model, "", data))

@@ -4,11 +4,10 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from ..instruments.benchmarks import FEW_SHOT, OLMES_CORE_9
+from ..instruments import INSTRUMENTS, Instrument
 from ..instruments.quantization import SCHEMES, check_scheme
+from ..instruments.registry import groups
 
-SHARPNESS = ("kl", "noise", "sam", "hessian")
-LANDSCAPES = ("line", "plane", "random")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -21,7 +20,10 @@ def _flag(default, text: str):
 
 @dataclass
 class EvaluationArguments:
-    """Settings of [`~hf_sam.report.evaluate`] and flags of `hf-sam evaluate`.
+    """Settings of [`~hf_sam.evaluation.evaluate`] and flags of `hf-sam evaluate`.
+
+    Besides the fields below, there is one list for each group of registered instruments (`sharpness=["kl"]`; `True`
+    selects all of a group), and the settings of each instrument ([`~hf_sam.instruments.registry.Setting`]).
 
     Models are named `[NAME=]FOLDER` or `[NAME=]HUB/ID[@REVISION]`; folders of adapters are merged into their base.
     Data is named `[NAME=]FILE_OR_FOLDER` or `[NAME=]HUB/ID[:CONFIG][@REVISION]`.
@@ -33,42 +35,34 @@ class EvaluationArguments:
     base: str = _flag("", "The model before fine-tuning.")
     tuned: list[str] = _flag([], "Models that were made from it: one, or a sweep.")
     data: list[str] = _flag([], "Old data, on which forgetting is measured; the first one also for sharpness.")
-    task_data: list[str] = _flag([], "Held-out fine-tuning data; the first one is compared at equal loss.")
+    task_data: list[str] = _flag([], "Held-out fine-tuning data; runs are compared at equal loss on the first one.")
     output: str = _flag(
         "evaluation",
-        "Folder of the results. The same evaluation again, also with more models, data or measures, goes on with what "
-        "is missing; another one is refused.",
+        "Folder of the results. The same evaluation again, also with more models, data or instruments, measures what "
+        "is missing; a different one is refused.",
     )
-    overwrite: bool = _flag(False, "Replace another finished evaluation in the folder of --output.")
-    name: str = _flag("", "What reports call this run, e.g. the method; the name of the output folder if omitted.")
+    overwrite: bool = _flag(False, "Replace a different finished evaluation in the folder of --output.")
+    name: str = _flag("", "Name of this run in reports, e.g. the method; the name of the output folder if omitted.")
     data_column: str = _flag("text", "Column of text; 'completion' (with 'prompt') or 'messages' are formatted.")
     task_column: str = _flag("", "The same for --task_data; that of --data_column if omitted.")
-    data_split: str = _flag("", "Split of all data; test, validation or train, whichever there is, if omitted.")
+    data_split: str = _flag("", "Split of all data; if omitted, test, validation or train, the first that exists.")
     max_documents: int = _flag(1000, "How many documents of each dataset are used.")
     max_length: int = _flag(1024, "Tokens in a row; longer documents take several rows.")
     batch_size: int = _flag(8, "Rows in a batch. In float32 no result depends on it.")
     quantize: list[str] = _flag([], f"Quantize each model: {', '.join(SCHEMES)}.")
     wise_ft: list[float] = _flag([], "Interpolate from the base (0) to each tuned model (1), e.g. 0.25 0.5 0.75.")
-    sharpness: list[str] = _flag(
-        [],
-        "Sharpness of each model: kl (Gaussian noise of 1e-5), noise (in proportion to each layer at "
-        "initialization), sam (loss at w + e), hessian (top eigenvalue and trace).",
-    )
-    sharpness_documents: int = _flag(64, "Documents of the first dataset that sharpness and landscapes are taken on.")
-    sam_rho: float = _flag(0.05, "Radius of --sharpness sam.")
-    landscape: list[str] = _flag(
-        [], "Loss along the line to each tuned model, on the plane through the first two, on random directions."
-    )
-    similarity: bool = _flag(False, "Principal angles and CKA of hidden states, distance of weights, by layer.")
-    benchmarks: list[str] = _flag([], f"Tasks of lm-evaluation-harness; 'olmes' is {', '.join(OLMES_CORE_9)}.")
-    task_folder: str = _flag("", "Folder with task files of your own for --benchmarks.")
-    num_fewshot: int = _flag(FEW_SHOT, "Examples in the prompts of --benchmarks.")
-    benchmark_limit: int = _flag(0, "Use only the first examples of each benchmark; 0 uses all.")
-    dtype: str = _flag("float32", "Precision in which models are loaded; sharpness needs float32.")
+    sharpness_documents: int = _flag(64, "Documents of the first dataset for sharpness, landscape and similarity.")
+    dtype: str = _flag("float32", "Precision in which models are loaded.")
     device: str = _flag("", "Device, or 'auto' to spread each model over all; the accelerator if there is one.")
     seed: int = _flag(0, "Seed of noise, random vectors and bootstrap.")
 
+    def __new__(cls, *args, **kwargs):
+        # The fields of all instruments that are registered by now.
+        return super().__new__(arguments_class() if cls is EvaluationArguments else cls)
+
     def __post_init__(self):
+        for name, instruments in groups().items():
+            self._check_group(name, instruments)
         for name, values in vars(self).items():
             if isinstance(values, list):
                 setattr(self, name, list(dict.fromkeys(values)))
@@ -76,42 +70,64 @@ class EvaluationArguments:
             raise ValueError("An evaluation needs --base: the model before fine-tuning or quantization.")
         if not self.data:
             raise ValueError("An evaluation needs --data: held-out text of the kind that the base was trained on.")
-        for name, known in (("sharpness", SHARPNESS), ("landscape", LANDSCAPES)):
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ValueError(f"--{name} {value} is none of {', '.join(known)}.")
         for scheme in self.quantize:
             check_scheme(scheme)
         if self.dtype not in _DTYPES:
             raise ValueError(f"--dtype {self.dtype} is none of {', '.join(_DTYPES)}.")
-        if self.dtype != "float32" and (self.sharpness or self.landscape):
-            raise ValueError(
-                "--sharpness and --landscape need --dtype float32: 16-bit weights round away what they add."
-            )
         for name in ("max_documents", "batch_size", "sharpness_documents"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 1 or larger.")
-        for name in ("num_fewshot", "benchmark_limit"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must not be negative.")
         if any(not 0 <= alpha <= 1 for alpha in self.wise_ft):
             raise ValueError(f"--wise_ft {self.wise_ft} must be numbers from 0 (the base) to 1 (the tuned model).")
-        for name in ("wise_ft", "similarity"):
-            if getattr(self, name) and not self.tuned:
-                raise ValueError(f"--{name} compares with a tuned model: give --tuned.")
-        if "line" in self.landscape and not self.tuned:
-            raise ValueError("--landscape line leads to a tuned model: give --tuned.")
-        if "plane" in self.landscape and len(self.tuned) < 2:
-            raise ValueError("--landscape plane goes through two tuned models: give two to --tuned.")
+        if self.wise_ft and not self.tuned:
+            raise ValueError("--wise_ft compares with a tuned model: give --tuned.")
+        for instrument in INSTRUMENTS.values():
+            for setting in instrument.settings:
+                value = getattr(self, setting.name)
+                if problem := setting.problem(value):
+                    raise ValueError(f"--{setting.name} {value} {problem}.")
+        for instrument in self.instruments:
+            self._check_instrument(instrument)
+
+    def _check_group(self, name: str, instruments: list[Instrument]):
+        known = [instrument.name for instrument in instruments]
+        chosen = getattr(self, name)
+        if isinstance(chosen, bool):
+            chosen = known if chosen else []
+            setattr(self, name, chosen)
+        for value in chosen:
+            if value not in known:
+                raise ValueError(f"--{name} {value} is none of {', '.join(known)}.")
+
+    def _check_instrument(self, instrument: Instrument):
+        flag = f"--{instrument.group} {instrument.name}"
+        if instrument.fp32 and self.dtype != "float32":
+            raise ValueError(f"{flag} needs --dtype float32: 16-bit weights round away what it adds to them.")
+        needed = {"pair": 1, "triple": 2}.get(instrument.subject, 0)
+        if len(self.tuned) < needed:
+            models = "a tuned model: give --tuned" if needed == 1 else "two tuned models: give two to --tuned"
+            raise ValueError(f"{flag} needs {models}.")
 
     @property
-    def tasks(self) -> list[str]:
-        """Benchmarks, with `olmes` written out."""
-        names = []
-        for name in self.benchmarks:
-            names += OLMES_CORE_9 if name == "olmes" else [name]
-        return list(dict.fromkeys(names))
+    def instruments(self) -> list[Instrument]:
+        """The instruments that these settings select."""
+        return [instrument for instrument in INSTRUMENTS.values() if instrument.is_selected(self)]
 
     def to_dict(self) -> dict:
         """For JSON."""
         return dataclasses.asdict(self)
+
+
+def arguments_class() -> type[EvaluationArguments]:
+    """[`EvaluationArguments`] with the fields of all registered instruments, e.g. for a parser of flags."""
+    fields: list[tuple] = []
+    for name, instruments in groups().items():
+        text = "; ".join(f"{instrument.name}: {instrument.help}" for instrument in instruments)
+        fields.append((name, list[str], _flag([], f"Instruments of the group {name}. {text}.")))
+    for instrument in INSTRUMENTS.values():
+        for setting in instrument.settings:
+            kind = list[str] if isinstance(setting.default, list) else type(setting.default)
+            fields.append((setting.name, kind, _flag(setting.default, setting.help)))
+    return dataclasses.make_dataclass(
+        "EvaluationArguments", fields, bases=(EvaluationArguments,), namespace={"__doc__": EvaluationArguments.__doc__}
+    )

@@ -1,28 +1,39 @@
-"""Instruments: what a model forgot, what few bits cost it, how sharp its minimum is.
+"""Instruments: forgetting, quantization damage, sharpness, landscape and similarity of models.
 
-Every measure is a function of a model and data; it leaves the model bit for bit as it was, and its result does not
-depend on batch size, padding, packing or the number of processes.
+Each is a function of a model and held-out data. It leaves the model bitwise as it was, and its result does not depend
+on batch size, padding, packing or the number of processes. Each stands in one file, which registers an [`Instrument`];
+`hf-sam evaluate`, reports and callbacks read the [registry](~hf_sam.instruments.registry).
 
-- loss and forgetting: [`HeldOutData`], [`held_out_loss`], [`forgetting`]
-- a sweep of runs: [`forgetting_reduction`], [`forgetting_at`], [`pareto_frontier`], [`inflection_point`]
+- loss: [`HeldOutData`], [`held_out_loss`]; forgetting is in `hf_sam.statistics`
 - quantization: [`quantization_damage`], [`load_quantized`], [`round_to_nearest`]
 - sharpness: [`noise_kl`], [`noise_sensitivity`], [`sam_sharpness`], [`hessian_spectrum`]
 - landscape: [`loss_along_line`], [`loss_on_plane`], [`loss_on_random_plane`]
 - similarity: [`representation_similarity`], [`weight_distance`]
 - benchmarks: [`run_benchmarks`], [`score_change`]
 - during training: [`ForgettingCallback`], [`SharpnessCallback`]
-- all of it at once: `hf_sam.report`, `hf-sam evaluate`
+- all of them from the command line: `hf-sam evaluate`
 """
 
 from pathlib import Path
 
-from .benchmarks import OLMES_CORE_9, BenchmarkResult, run_benchmarks, score_change
-from .callbacks import ForgettingCallback, SharpnessCallback
-from .data import HeldOutData
-from .hessian import Hessian, HessianSpectrum, hessian_spectrum
-from .landscape import LossLine, LossPlane, loss_along_line, loss_on_plane, loss_on_random_plane
+# Flags and reports show instruments in the order of these imports.
+# isort: off
 from .loss import held_out_loss
-from .noise import NoiseKL, NoiseSensitivity, noise_kl, noise_sensitivity
+from .benchmarks import OLMES_CORE_9, BenchmarkResult, run_benchmarks, score_change
+from .kl import NoiseKL, noise_kl
+from .noise import NoiseSensitivity, noise_sensitivity
+from .sam import SAMSharpness, sam_sharpness
+from .hessian import Hessian, HessianSpectrum, hessian_spectrum
+from .line import LossLine, loss_along_line
+from .plane import loss_on_plane
+from .random_plane import loss_on_random_plane
+from .hidden_states import RepresentationSimilarity, representation_similarity
+from .weights import WeightDistance, weight_distance
+
+# isort: on
+from .callbacks import ForgettingCallback, SharpnessCallback
+from .documents import HeldOutData
+from .grid import LossPlane
 from .quantization import (
     SCHEMES,
     QuantizationDamage,
@@ -32,25 +43,29 @@ from .quantization import (
     quantized,
     round_to_nearest,
 )
-from .sharpness import SAMSharpness, sam_sharpness
-from .similarity import RepresentationSimilarity, WeightDistance, representation_similarity, weight_distance
+from .registry import INSTRUMENTS, Column, Instrument, Plot, Setting, register
 
 __all__ = [
+    "INSTRUMENTS",
     "OLMES_CORE_9",
     "SCHEMES",
     "BenchmarkResult",
+    "Column",
     "ForgettingCallback",
     "HeldOutData",
     "Hessian",
     "HessianSpectrum",
+    "Instrument",
     "LossLine",
     "LossPlane",
     "NoiseKL",
     "NoiseSensitivity",
+    "Plot",
     "QuantizationDamage",
     "Quantized",
     "RepresentationSimilarity",
     "SAMSharpness",
+    "Setting",
     "SharpnessCallback",
     "WeightDistance",
     "held_out_loss",
@@ -64,6 +79,7 @@ __all__ = [
     "noise_sensitivity",
     "quantization_damage",
     "quantized",
+    "register",
     "representation_similarity",
     "round_to_nearest",
     "run_benchmarks",
@@ -75,4 +91,4 @@ __all__ = [
 
 def metric_path() -> str:
     """Folder of the metric `held_out_loss` for `evaluate.load`, which then needs no network."""
-    return str(Path(__file__).parent / "metrics" / "held_out_loss")
+    return str(Path(__file__).parent / "evaluate_metric" / "held_out_loss")

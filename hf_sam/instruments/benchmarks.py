@@ -6,7 +6,6 @@ formats, which the harness does not have, so figures are comparable with each ot
 
 import copy
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,11 @@ import torch
 
 from ..runtime.distributed import broadcast
 from ..runtime.errors import MeasurementError
+from ..runtime.fingerprint import fingerprint_of_folder
 from ..runtime.packages import require
-from ..statistics.estimate import Estimate, interval, resampled_sums
+from ..statistics.estimate import Estimate, interval, resampled_sums, standard_error
 from .measuring import device_of, measuring
+from .registry import Instrument, Setting, register
 
 OLMES_CORE_9 = (
     "arc_challenge",
@@ -58,8 +59,7 @@ class BenchmarkResult:
     @property
     def standard_error(self) -> float:
         """Of the mean over examples; nan for a single one."""
-        values = list(self.scores.values())
-        return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        return standard_error(list(self.scores.values()))
 
     def to_dict(self) -> dict:
         """For JSON."""
@@ -233,3 +233,46 @@ def _result(task: str, output: dict) -> BenchmarkResult:
     raise ValueError(
         f"The task {task!r} reports {', '.join(sorted(reported))}, none of which is known here: {_METRICS}."
     )
+
+
+def expand_tasks(names: Sequence[str]) -> list[str]:
+    """Names of tasks, with `olmes` replaced by the OLMES core set, each once."""
+    return list(dict.fromkeys(task for name in names for task in (OLMES_CORE_9 if name == "olmes" else [name])))
+
+
+def _not_negative(value: int) -> str | None:
+    return None if value >= 0 else "must not be negative"
+
+
+def _options(settings) -> dict:
+    return {
+        "tasks": expand_tasks(settings.benchmarks),
+        "num_fewshot": settings.num_fewshot,
+        "limit": settings.benchmark_limit or None,
+        "include_path": settings.task_folder or None,
+        "seed": settings.seed,
+    }
+
+
+register(
+    Instrument(
+        name="benchmarks",
+        help="scores on tasks of lm-evaluation-harness",
+        measure=lambda model, data, *, tokenizer, **options: {
+            task: result.to_dict() for task, result in run_benchmarks(model, tokenizer, **options).items()
+        },
+        selected=lambda settings: bool(settings.benchmarks),
+        subject="variant",
+        settings=(
+            Setting("benchmarks", [], f"Tasks of lm-evaluation-harness; 'olmes' is {', '.join(OLMES_CORE_9)}."),
+            Setting("task_folder", "", "Folder with task files of your own for --benchmarks."),
+            Setting("num_fewshot", FEW_SHOT, "Examples in the prompts of --benchmarks.", _not_negative),
+            Setting("benchmark_limit", 0, "Use only the first examples of each benchmark; 0 uses all.", _not_negative),
+        ),
+        depends_on=("seed",),
+        options=_options,
+        facts=lambda settings: {"task_folder": fingerprint_of_folder(settings.task_folder)},
+        check=lambda settings: check_tasks(expand_tasks(settings.benchmarks), settings.task_folder or None),
+        fetch=lambda settings: load_tasks(expand_tasks(settings.benchmarks), settings.task_folder or None),
+    )
+)

@@ -9,12 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from transformers import Trainer, TrainerCallback
 
-from .hessian import hessian_spectrum
 from .loss import held_out_loss
-from .noise import noise_kl
-from .sharpness import sam_sharpness
-
-_MEASURES = ("kl", "sam", "hessian")
+from .registry import INSTRUMENTS
 
 
 class _MeasuringCallback(TrainerCallback):
@@ -96,19 +92,21 @@ class ForgettingCallback(_MeasuringCallback):
 
 
 class SharpnessCallback(_MeasuringCallback):
-    """Logs the sharpness of the minimum before training, at each evaluation and at the end of training.
+    """Logs instruments, e.g. the sharpness of the minimum, before training, at each evaluation and after training.
 
     Args:
         trainer (`transformers.Trainer`): the trainer that the callback is added to.
-        data ([`HeldOutData`]): what to measure on, or anything else [`held_out_loss`] takes. Some tens of documents do.
-        measures (`Sequence[str]`, defaults to `("kl",)`): `"kl"`: `sharpness/kl` of [`noise_kl`]; `"sam"`:
-            `sharpness/sam` of [`sam_sharpness`]; `"hessian"`: `sharpness/hessian_top` and `sharpness/hessian_trace` of
-            [`hessian_spectrum`]. Sharded models can take `"kl"` only.
-        batch_size (`int`, *optional*): rows a batch; that of the trainer's evaluation when omitted.
-        options: arguments of the measures by their names, e.g. `kl={"samples": 3}`.
+        data ([`HeldOutData`]): held-out data, or anything else [`held_out_loss`] accepts. Some tens of documents are
+            enough.
+        measures (`Sequence[str]`, defaults to `("kl",)`): names of registered instruments that can be logged during
+            training. `"kl"` logs `sharpness/kl` of [`noise_kl`]; `"sam"` logs `sharpness/sam` of [`sam_sharpness`];
+            `"hessian"` logs `sharpness/hessian_top` and `sharpness/hessian_trace` of [`hessian_spectrum`]. For sharded
+            models only `"kl"` works.
+        batch_size (`int`, *optional*): rows per batch; that of the trainer's evaluation when omitted.
+        options: arguments of the instruments by their names, e.g. `kl={"samples": 3}`.
 
     Raises:
-        ValueError: for an unknown measure; when training begins, if the model cannot be measured.
+        ValueError: for an unknown instrument; when training begins, if the model cannot be measured.
     """
 
     def __init__(
@@ -121,15 +119,16 @@ class SharpnessCallback(_MeasuringCallback):
         **options: dict,
     ):
         super().__init__(trainer, batch_size)
-        unknown = [name for name in (*measures, *options) if name not in _MEASURES]
+        known = [name for name, instrument in INSTRUMENTS.items() if instrument.scalars is not None]
+        unknown = [name for name in (*measures, *options) if name not in known]
         if unknown:
-            raise ValueError(f"There is no sharpness measure {unknown[0]!r}; choose from {', '.join(_MEASURES)}.")
+            raise ValueError(f"There is no sharpness measure {unknown[0]!r}; choose from {', '.join(known)}.")
         self.data = data
         self.measures = tuple(measures)
         self.options = options
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Also tells what cannot be measured before training begins instead of at its first evaluation.
+        # Fails now, and not at the first evaluation, if the model cannot be measured.
         self._measured_at = state.global_step
         self._log(self.measure())
 
@@ -137,14 +136,8 @@ class SharpnessCallback(_MeasuringCallback):
         """The values by the names under which they are logged."""
         values = {}
         for name in self.measures:
+            instrument = INSTRUMENTS[name]
             settings = {"batch_size": self.batch_size, **self.options.get(name, {})}
-            if name == "kl":
-                values["sharpness/kl"] = noise_kl(self.model, self.data, **settings).value
-            elif name == "sam":
-                values["sharpness/sam"] = sam_sharpness(self.model, self.data, **settings).value
-            else:
-                spectrum = hessian_spectrum(self.model, self.data, **settings)
-                values["sharpness/hessian_trace"] = spectrum.trace
-                if spectrum.eigenvalues:
-                    values["sharpness/hessian_top"] = spectrum.eigenvalues[0]
+            found = instrument.scalars(instrument.measure(self.model, self.data, **settings))
+            values.update({f"sharpness/{key}": value for key, value in found.items()})
         return values

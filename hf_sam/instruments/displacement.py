@@ -180,6 +180,11 @@ class GaussianNoise:
             weight.copy_(piece_of(torch.cat(list(chunks)).view(param.shape), param).add(origin))
 
 
+def sample_seed(seed: int, sample: int) -> int:
+    """A different seed for each noise sample."""
+    return (seed << 20) + sample
+
+
 def check_noise_survives(model: torch.nn.Module, params: dict[str, torch.nn.Parameter], noise: GaussianNoise) -> None:
     """Raises ValueError if the weights are too coarse to hold the noise, which would then measure rounding instead.
 

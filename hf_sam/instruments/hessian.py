@@ -19,11 +19,13 @@ from ..runtime.errors import MeasurementError
 from ..runtime.packages import require
 from ..runtime.progress import progress
 from ..runtime.sharding import check_whole
-from .data import batches_of, shared_batches
+from ..statistics.estimate import standard_error
+from .batches import batches_of, shared_batches
 from .displacement import floating_parameters
+from .gradients import check_precise, only_trainable
 from .loss import count_tokens, summed_loss
 from .measuring import differentiable_twice, measuring
-from .sharpness import check_precise, only_trainable
+from .registry import Column, Instrument, register, with_error
 
 # ARPACK counts in 32 bits.
 _LARGEST = 1 << 29
@@ -223,8 +225,7 @@ def _trace(hessian: Hessian, values, vectors: torch.Tensor, probes: int, seed: i
         vector = torch.from_numpy(signs).to(device=hessian.device, dtype=hessian.dtype)
         vector = vector - vectors @ (vectors.T @ vector)
         estimates.append((vector.double() @ (hessian @ vector).double()).item())
-    error = np.std(estimates, ddof=1) / math.sqrt(probes) if probes > 1 else math.nan
-    return float(np.sum(values, dtype=np.float64) + np.mean(estimates)), float(error)
+    return float(np.sum(values, dtype=np.float64) + np.mean(estimates)), standard_error(estimates)
 
 
 def _power(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[np.ndarray, torch.Tensor, list[float]]:
@@ -271,3 +272,32 @@ def _fits(needed: int) -> bool:
     """Whether the host has that much memory for each process; the same answer on all."""
     needed *= rank_and_world()[1]  # most often on one host
     return not all_reduce_max(int(needed > psutil.virtual_memory().available))
+
+
+def _scalars(found: dict) -> dict[str, float]:
+    top = {"hessian_top": found["eigenvalues"][0]} if found["eigenvalues"] else {}
+    return {"hessian_trace": found["trace"], **top}
+
+
+register(
+    Instrument(
+        name="hessian",
+        group="sharpness",
+        help="largest eigenvalue and trace of the Hessian",
+        measure=lambda model, data, **options: hessian_spectrum(model, data, **options).to_dict(),
+        options=lambda settings: {"seed": settings.seed},
+        columns=(
+            Column(
+                "top Hessian eigenvalue",
+                lambda found: with_error(found["eigenvalues"][0], found["residuals"][0]),
+                compared=False,
+            ),
+            Column("Hessian trace", lambda found: with_error(found["trace"], found["trace_standard_error"])),
+        ),
+        note="The eigenvalue (± residual) and the trace (± standard error) are those of the Hessian of the loss.",
+        scalars=_scalars,
+        fp32=True,
+        whole=True,
+        packages=("scipy",),
+    )
+)

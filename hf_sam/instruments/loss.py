@@ -11,8 +11,10 @@ from torch.nn.functional import cross_entropy
 from ..runtime.distributed import all_reduce_max, all_reduce_sum_array
 from ..runtime.labels import IGNORE_INDEX
 from ..statistics.losses import HeldOutLoss
-from .data import Batch, HeldOutData, batches_of, model_inputs, shared_batches
+from .batches import batches_of, model_inputs, shared_batches
+from .documents import Batch, HeldOutData
 from .measuring import device_of, logits_of, measuring
+from .registry import Instrument, register
 
 # Logits are turned into fp32 (and for the KL divergence fp64) this many at a time.
 CHUNK_LOGITS = 1 << 25
@@ -118,3 +120,18 @@ def count_tokens(data, batch_size: int) -> int:
     if not tokens:
         raise ValueError("The held-out data has no token to predict: check the split, and its labels.")
     return tokens
+
+
+register(
+    Instrument(
+        name="loss",
+        help="held-out loss of each model and variant on each dataset",
+        measure=lambda model, data, *, batch_size, tokenizer: held_out_loss(
+            model, data, batch_size=batch_size
+        ).to_dict(),
+        selected=lambda settings: True,
+        subject="variant",
+        depends_on=(),
+        per_dataset=True,
+    )
+)

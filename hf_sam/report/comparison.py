@@ -1,14 +1,15 @@
 """Comparing evaluations: the first is the reference, e.g. AdamW, the others are set against it, e.g. SAM."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..evaluation.results import Results
-from ..instruments.plots import plot_frontier
-from ..statistics.frontier import forgetting_reduction, inflection_point
-from ..statistics.losses import forgetting
+from ..instruments import Column, Instrument
+from ..instruments.registry import group_title, groups
+from ..runtime.figure import figure, markers
+from ..statistics import forgetting, forgetting_reduction, inflection_point, pareto_frontier
 from .document import Document
-from .pages import MISSING, change_text, error_text, loss_text
+from .pages import MISSING, change_text, loss_text
 
 
 def write_comparison(
@@ -52,7 +53,7 @@ def comparison_report(results: Sequence[Results], budgets: Sequence[float] = ())
     _quantized(document, results)
     _fine_tuned(document, results)
     _benchmarks(document, results)
-    _sharpness(document, results)
+    _instruments(document, results)
     if budgets:
         _inflection(document, results, budgets)
     return document
@@ -169,6 +170,23 @@ def _fine_tuned(document: Document, results: Sequence[Results]) -> None:
         document.table(header, rows)
 
 
+def plot_frontier(sweeps: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+    """Learning against forgetting: one curve for each method along its frontier, one point for each run.
+
+    Args:
+        sweeps (`Mapping[str, Sequence[tuple[float, float]]]`): (task loss, forgetting) of the runs by method.
+    """
+    label = "held-out task loss after fine-tuning (nats per token; better to the right)"
+    with figure(label, "forgetting (nats per token; lower is better)") as (render, axes):
+        for (name, points), marker in zip(sweeps.items(), markers(), strict=False):
+            frontier = [points[i] for i in pareto_frontier(points)]
+            (drawn,) = axes.plot(*zip(*frontier, strict=True), marker=marker, label=name)
+            axes.plot(*zip(*points, strict=True), marker, color=drawn.get_color(), alpha=0.4)
+        axes.invert_xaxis()
+        axes.legend()
+        return render()
+
+
 def _benchmarks(document: Document, results: Sequence[Results]) -> None:
     scores = {one.name: one.benchmarks(one.base) for one in results}
     shared = [task for task in scores[results[0].name] if all(task in found for found in scores.values())]
@@ -191,30 +209,21 @@ def _benchmarks(document: Document, results: Sequence[Results]) -> None:
     document.table(["task", *scores], rows)
 
 
-def _sharpness(document: Document, results: Sequence[Results]) -> None:
-    rows = []
-    for one in results:
-        row = [one.name]
-        for kind, key, error in (
-            ("kl", "value", "standard_error"),
-            ("sam", "value", None),
-            ("hessian", "trace", "trace_standard_error"),
-        ):
-            values = one.result(kind, one.base)
-            if values is None or _sharpness_settings(one) != _sharpness_settings(results[0]):
-                row.append("missing")
-            else:
-                row.append(f"{values[key]:.4g}" + (f" ± {error_text(values[error])}" if error else ""))
-        rows.append(row)
-    if any(cell != "missing" for row in rows for cell in row[1:]):
-        document.heading("Sharpness of the base models")
-        document.table(["run", "KL under noise", "SAM sharpness", "Hessian trace"], rows)
+def _instruments(document: Document, results: Sequence[Results]) -> None:
+    """A table for each group of instruments that measure one model, with the base models of all runs."""
+    for group, known in groups().items():
+        compared = [(i, column) for i in known if i.subject == "model" for column in i.columns if column.compared]
+        rows = [[one.name, *(_compared(i, column, one, results[0]) for i, column in compared)] for one in results]
+        if any(cell != MISSING for row in rows for cell in row[1:]):
+            document.heading(f"{group_title(group)} of the base models")
+            document.table(["run", *(column.title for _, column in compared)], rows)
 
 
-def _sharpness_settings(one: Results) -> tuple:
-    """What sharpness depends on besides the model; runs that differ in it cannot stand in one table."""
-    settings = one.record["settings"]
-    return settings["sam_rho"], settings["sharpness_documents"], settings["seed"]
+def _compared(instrument: Instrument, column: Column, one: Results, reference: Results) -> str:
+    """A cell; missing where it was not measured, or with other settings than those of the reference."""
+    result = one.result(instrument.name, one.base)
+    settings = [[run.record["settings"].get(name) for name in instrument.setting_names] for run in (one, reference)]
+    return MISSING if result is None or settings[0] != settings[1] else column.cell(result)
 
 
 def _inflection(document: Document, results: Sequence[Results], budgets: Sequence[float]) -> None:

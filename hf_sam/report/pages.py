@@ -6,8 +6,8 @@ Every comparison shows what was lost, and where it ended: a model that had less 
 from pathlib import Path
 
 from ..evaluation.results import Results
-from ..instruments.benchmarks import score_change
-from ..instruments.plots import plot_layers, plot_line, plot_noise, plot_plane
+from ..instruments import Instrument, score_change
+from ..instruments.registry import group_title, groups
 from ..statistics.losses import HeldOutLoss, forgetting
 from .document import Document
 
@@ -31,9 +31,7 @@ def evaluation_report(results: Results) -> Document:
     interpolations(document, results)
     quantization(document, results)
     benchmarks(document, results)
-    sharpness(document, results)
-    landscapes(document, results)
-    similarity(document, results)
+    instruments(document, results)
     failures(document, results)
     return document
 
@@ -152,92 +150,37 @@ def benchmarks(document: Document, results: Results) -> None:
     document.table(["task", "metric", *(f"{name} {variant}".strip() for name, variant, _ in columns)], rows)
 
 
-def sharpness(document: Document, results: Results) -> None:
-    """All sharpness measures."""
-    kinds = results.record["settings"]["sharpness"]
-    if not kinds:
-        return
-    document.heading("Sharpness")
-    rho = results.record["settings"]["sam_rho"]
-    titles = {
-        "kl": ["KL under noise of 1e-5"],
-        "sam": [f"SAM sharpness, rho {rho:g}"],
-        "hessian": ["top Hessian eigenvalue", "Hessian trace"],
-    }
-    rows = []
-    for name in results.models:
-        row = [name]
-        for kind in ("kl", "sam", "hessian"):
-            if kind not in kinds:
-                continue
-            found = results.result(kind, name)
-            if found is None:
-                row += [MISSING] * len(titles[kind])
-            elif kind == "kl":
-                row.append(f"{found['value']:.3e} ± {error_text(found['standard_error'])}")
-            elif kind == "sam":
-                row.append(f"{found['value']:.5f}")
-            else:
-                row.append(f"{found['eigenvalues'][0]:.3f} ± {error_text(found['residuals'][0])}")
-                row.append(f"{found['trace']:.1f} ± {error_text(found['trace_standard_error'])}")
-        rows.append(row)
-    if set(kinds) - {"noise"}:
-        document.text(
-            "The KL divergence between next-token distributions without and with noise (nats per token; ± standard "
-            "error over noise samples), growth of the loss at w + e, the point at distance rho along the "
-            "gradient, largest eigenvalue (± residual) and trace (± standard error) of the Hessian of the loss."
-        )
-        document.table(["model", *(title for kind in titles if kind in kinds for title in titles[kind])], rows)
-    if "noise" in kinds:
-        measured = _present({name: results.result("noise", name) for name in results.models})
-        if measured:
-            document.figure("noise", plot_noise(measured), "Growth of the loss under noise in proportion to each layer")
-
-
-def landscapes(document: Document, results: Results) -> None:
-    """Lines and planes."""
-    kinds = results.record["settings"]["landscape"]
-    if not kinds:
-        return
-    document.heading("Loss landscape")
-    if "line" in kinds:
-        lines = _present({name: results.result("line", name) for name in results.tuned})
-        if lines:
-            document.figure("line", plot_line(lines), "Loss from base to tuned, and its second-order Taylor expansion")
+def instruments(document: Document, results: Results) -> None:
+    """A section for each group of instruments: notes, one table with a row for each model, pictures, more tables."""
+    for group, known in groups().items():
+        chosen = [instrument for instrument in known if instrument.name in results.selected(group)]
+        if not chosen:
+            continue
+        document.heading(group_title(group))
+        with_columns = [instrument for instrument in chosen if instrument.columns]
+        if notes := " ".join(instrument.note for instrument in with_columns if instrument.note):
+            document.text(notes)
+        found = {instrument.name: results.by_model(instrument.name) for instrument in chosen}
+        models = dict.fromkeys(model for instrument in with_columns for model in found[instrument.name])
         document.table(
-            ["model", "distance", "slope at base", "curvature at base", "barrier"],
-            [
-                [name, *(f"{line[key]:.4g}" for key in ("distance", "slope", "curvature", "barrier"))]
-                for name, line in lines.items()
-            ],
+            ["model", *(column.title for instrument in with_columns for column in instrument.columns)],
+            [[model, *_cells(with_columns, found, model)] for model in models],
         )
-    for record in [record for record in results.find("plane") if record["result"] is not None]:
-        document.figure(
-            "plane", plot_plane(record["result"]), f"Loss on the plane through {results.base}, {record['model']}"
-        )
-    if "random" in kinds:
-        for name, plane in _present({name: results.result("random plane", name) for name in results.models}).items():
-            document.figure(f"random_{name}", plot_plane(plane), f"Loss along random directions around {name}")
+        for instrument in chosen:
+            if present := _present(found[instrument.name]):
+                for plot in instrument.plots(present):
+                    document.figure(plot.name, plot.png, plot.caption)
+                for header, rows in instrument.tables(present):
+                    document.table(header, rows)
 
 
-def similarity(document: Document, results: Results) -> None:
-    """Distance from the base by layer."""
-    if not results.record["settings"]["similarity"] or not results.tuned:
-        return
-    document.heading("Distance from the base")
-    found = _present({name: results.result("similarity", name) for name in results.tuned})
-    if not found:
-        return
-    angles = {name: values["mean_principal_angles"] for name, values in found.items()}
-    document.figure("principal_angles", plot_layers(angles, "mean principal angle (degrees)"), "Hidden states by layer")
-    ckas = {name: values["cka"] for name, values in found.items()}
-    document.figure("cka", plot_layers(ckas, "linear CKA"), "Hidden states by layer: 1 is equal up to rotation")
-    layers = [layer["layer"] for layer in next(iter(found.values()))["weights"]]
-    rows = []
-    for index, layer in enumerate(layers):
-        weights = [values["weights"][index] for values in found.values()]
-        rows.append([layer, *(f"{w['distance']:.4g} ({_share(w['relative'])})" for w in weights)])
-    document.table(["weights", *(f"distance of {name}" for name in found)], rows)
+def _cells(chosen: list[Instrument], found: dict[str, dict], model: str) -> list[str]:
+    cells = []
+    for instrument in chosen:
+        result = found[instrument.name].get(model, "")  # "": not measured on models of this kind
+        for column in instrument.columns:
+            cells.append(MISSING if result is None else result and column.cell(result))
+    return cells
 
 
 def failures(document: Document, results: Results) -> None:
@@ -266,15 +209,6 @@ def _present(found: dict) -> dict:
 
 def _short(value) -> str:
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-
-
-def error_text(value: float | None) -> str:
-    """An error bar for a table."""
-    return "unknown" if value is None else f"{value:.1e}"
-
-
-def _share(value: float | None) -> str:
-    return "from zero" if value is None else f"{100 * value:.2f}%"
 
 
 def _percent(change) -> str:

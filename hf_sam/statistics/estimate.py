@@ -4,6 +4,7 @@ Tokens of one document are not independent, so documents are what is drawn again
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,11 @@ def interval(value: float, resampled: np.ndarray, confidence: float, documents: 
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Estimate(float(value), float(low), float(high), confidence)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean of independent values; nan for fewer than two."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def ratio_interval(

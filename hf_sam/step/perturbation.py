@@ -77,7 +77,7 @@ def apply(
     variant: Variant,
     scale: torch.Tensor,
     finite: torch.Tensor,
-    noise: Callable[[Fragment], torch.Generator],
+    noise: Callable[[Fragment], torch.Generator] | None = None,
     measure: bool = False,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Write w + e into the weights of all fragments, e = scale * d.
@@ -87,7 +87,8 @@ def apply(
         variant ([`~hf_sam.step.variants.Variant`]): says what d is.
         scale (`torch.Tensor`): result of [`ascent_scale`].
         finite (`torch.Tensor`): bool, shape `()`; e = 0 where False.
-        noise (`Callable`): gives the generator for a fragment that needs stochastic rounding.
+        noise (`Callable`, *optional*): gives the generator for a fragment that needs stochastic rounding; not needed
+            for fp32 and fp64 weights.
         measure (`bool`, defaults to `False`): whether to compute what of e the weights kept.
 
     Returns:

@@ -15,7 +15,7 @@ from toy_trl import rows, tokenizer
 
 from hf_sam import commands
 from hf_sam.evaluation import EvaluationArguments, Results, evaluate, models, run
-from hf_sam.instruments import HeldOutData, held_out_loss, hessian_spectrum, load_quantized, noise_kl
+from hf_sam.instruments import HeldOutData, held_out_loss, hessian, hessian_spectrum, load_quantized, loss, noise_kl
 from hf_sam.runtime.models import find_model
 from hf_sam.statistics import forgetting
 
@@ -33,7 +33,8 @@ def command(shelf, output, *extra, tuned=("tuned1", "tuned2", "tuned3")):
 
 EVERYTHING = (
     *("--quantize", "nf4", "rtn3", "--wise_ft", "0.5", "--sharpness", "kl", "noise", "sam", "hessian"),
-    *("--landscape", "line", "plane", "random", "--similarity", "--sharpness_documents", "6"),
+    *("--landscape", "line", "plane", "random", "--similarity", "hidden_states", "weights"),
+    *("--sharpness_documents", "6"),
 )
 
 
@@ -112,7 +113,7 @@ def test_a_second_run_computes_nothing(shelf, done, monkeypatch):
 def test_an_interrupted_evaluation_goes_on(shelf, tmp_path, monkeypatch):
     """Ctrl-C in the middle: the parts that were through are not computed again, and the results are the same."""
     whole = evaluate(arguments(shelf, tmp_path / "whole"))
-    real, calls = run.held_out_loss, []
+    real, calls = loss.held_out_loss, []
 
     def interrupted(model, data, **kwargs):
         calls.append(1)
@@ -120,7 +121,7 @@ def test_an_interrupted_evaluation_goes_on(shelf, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(model, data, **kwargs)
 
-    monkeypatch.setattr(run, "held_out_loss", interrupted)
+    monkeypatch.setattr(loss, "held_out_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(arguments(shelf, tmp_path / "part"))
     assert not (tmp_path / "part" / "results.json").exists()
@@ -165,7 +166,7 @@ def test_a_measure_that_fails_does_not_take_the_others_with_it(shelf, tmp_path, 
     def fail(*args, **kwargs):
         raise MeasurementError("no eigenvalue was found")
 
-    monkeypatch.setattr(run, "hessian_spectrum", fail)
+    monkeypatch.setattr(hessian, "hessian_spectrum", fail)
     flags = ("--sharpness", "hessian", "sam", "--sharpness_documents", "2")
     assert commands.main(command(shelf, tmp_path, *flags, tuned=["tuned1"])) == 1
     (line,) = capsys.readouterr().err.splitlines()[-1:]
@@ -208,7 +209,7 @@ def test_flags_may_stand_in_a_file(shelf, tmp_path):
         ({"sharpness": ["kl"], "dtype": "bfloat16"}, "--dtype float32"),
         ({"wise_ft": [1.5]}, "from 0 .* to 1"),
         ({"tuned": [], "similarity": True}, "--similarity .* give --tuned"),
-        ({"tuned": ["TUNED"], "landscape": ["plane"]}, "plane goes through two"),
+        ({"tuned": ["TUNED"], "landscape": ["plane"]}, "--landscape plane needs two tuned models"),
         ({"batch_size": 0}, "--batch_size 0"),
         ({"benchmarks": ["arc_easy"], "task_folder": "/nowhere"}, "no folder '/nowhere'"),
         ({"tuned": ["TUNED", "TUNED", "other=TUNED"], "data": ["OLD", "OLD2=OLD"], "dtype": "int8"}, "--dtype int8"),
@@ -319,7 +320,8 @@ def test_help_and_missing_packages(capsys, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(shelf, tmp_path):
     """`accelerate launch` underneath; each process computes half of the batches."""
-    flags = ("--quantize", "nf4", "rtn3", "--wise_ft", "0.5", "--sharpness", "kl", "sam", "--similarity")
+    flags = ("--quantize", "nf4", "rtn3", "--wise_ft", "0.5", "--sharpness", "kl", "sam")
+    flags = (*flags, "--similarity", "hidden_states", "weights")
     assert commands.main(command(shelf, tmp_path / "one", *flags, tuned=["tuned1"])) == 0
     launched = command(shelf, tmp_path / "two", *flags, "--multi_gpu", "--num_processes", "2", tuned=["tuned1"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -9,6 +9,7 @@ from toy_trl import tokenizer
 
 from hf_sam import commands
 from hf_sam.evaluation import EvaluationArguments, Results, evaluate, run
+from hf_sam.instruments import loss
 
 
 def arguments(shelf, output, **overrides):
@@ -101,13 +102,13 @@ def test_the_command_tells_it_in_a_line_and_overwrite_replaces(shelf, folder, ca
 
 
 def test_the_same_again_and_more_of_it_measure_only_what_is_missing(shelf, folder, monkeypatch):
-    real, calls = run.held_out_loss, []
+    real, calls = loss.held_out_loss, []
 
     def counted(model, data, **kwargs):
         calls.append(1)
         return real(model, data, **kwargs)
 
-    monkeypatch.setattr(run, "held_out_loss", counted)
+    monkeypatch.setattr(loss, "held_out_loss", counted)
     before = measured(folder)
     evaluate(arguments(shelf, folder))
     assert not calls

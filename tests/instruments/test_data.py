@@ -7,7 +7,7 @@ from toy_evaluation import held_out, sharp_olmo2, token_rows
 from toy_trl import rows, tokenizer
 
 from hf_sam.instruments import HeldOutData, held_out_loss
-from hf_sam.instruments.data import batches_of
+from hf_sam.instruments.batches import batches_of
 
 
 def test_text_is_tokenized_one_document_a_row():

@@ -114,7 +114,7 @@ def test_spectrum_of_a_network(network):
 
 def test_gradient_is_that_of_the_loss(network):
     model, data, _ = network
-    from hf_sam.instruments.sharpness import loss_gradient
+    from hf_sam.instruments.gradients import loss_gradient
 
     with Hessian(model, data) as hessian:
         gradient = hessian.gradient()

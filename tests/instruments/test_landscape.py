@@ -8,7 +8,7 @@ from toy_evaluation import FailsAfter, Quadratic, busy, held_out, moved, sharp_o
 
 from hf_sam.instruments import held_out_loss, loss_along_line, loss_on_plane, loss_on_random_plane
 from hf_sam.instruments.displacement import GaussianNoise
-from hf_sam.instruments.landscape import filter_normalized
+from hf_sam.instruments.random_plane import filter_normalized
 
 
 def quadratic_pair():

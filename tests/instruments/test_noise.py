@@ -9,8 +9,8 @@ from memory import peak_bytes
 from toy_evaluation import FailsAfter, busy, held_out, sharp_olmo2, unchanged
 
 from hf_sam.instruments import HeldOutData, held_out_loss, noise_kl, noise_sensitivity
-from hf_sam.instruments.displacement import GaussianNoise
-from hf_sam.instruments.noise import kl_divergence, sample_seed
+from hf_sam.instruments.displacement import GaussianNoise, sample_seed
+from hf_sam.instruments.kl import kl_divergence
 
 
 @pytest.fixture(scope="module")

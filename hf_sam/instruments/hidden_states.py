@@ -1,17 +1,18 @@
-"""How far two models have moved apart: hidden representations by layer, and weights by layer."""
+"""How far the hidden states of two models differ, by layer: mean principal angle and linear CKA."""
 
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..runtime.distributed import all_reduce_sum
+from ..runtime.figure import figure, markers
 from ..runtime.labels import IGNORE_INDEX
 from ..runtime.packages import require
-from .data import model_inputs, shared_batches
-from .displacement import Weights, difference, weights_like
+from .batches import model_inputs, shared_batches
 from .measuring import device_of, measuring
+from .registry import Instrument, Plot, register
 
 
 @dataclass(frozen=True)
@@ -138,48 +139,40 @@ def _hidden_states(model, batch) -> list[torch.Tensor]:
     return [state[:, :-1][counted.to(state.device)] for state in states]
 
 
-@dataclass(frozen=True)
-class WeightDistance:
-    """How far the weights of one layer moved.
-
-    Attributes:
-        layer (`str`): `"layer 3"`, or the name of a module outside of the layers.
-        distance (`float`): ||w1 - w0||.
-        relative (`float`): ||w1 - w0|| / ||w0||.
-    """
-
-    layer: str
-    distance: float
-    relative: float
-
-
-def weight_distance(model: torch.nn.Module, other: Weights) -> list[WeightDistance]:
-    """Distance between the weights of two models, by layer.
+def plot_layers(series: Mapping[str, Sequence[float]], label: str) -> bytes:
+    """A number for each layer, one curve for each model.
 
     Args:
-        model (`torch.nn.Module`): w0.
-        other (`torch.nn.Module` or `Mapping[str, torch.Tensor]`): w1.
-
-    Raises:
-        ValueError: if the two do not have the same weights.
+        series (`Mapping[str, Sequence[float]]`): the numbers by name, the embeddings first.
+        label (`str`): what they are.
     """
-    params = {name: param for name, param in model.named_parameters() if param.is_floating_point()}
-    ends = weights_like(other, params)
-    squares: dict[str, list[float]] = {}
-    for name, param in params.items():
-        moved = difference(ends[name].to(param.device, torch.float32), param.float())
-        sums = squares.setdefault(_layer_of(name), [0.0, 0.0])
-        sums[0] += moved.double().square().sum().item()
-        sums[1] += param.detach().double().square().sum().item()
+    with figure("layer (0: embeddings)", label) as (render, axes):
+        for (name, values), marker in zip(series.items(), markers(), strict=False):
+            axes.plot(range(len(values)), values, marker=marker, label=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+        return render()
+
+
+def _plots(results: Mapping[str, dict]) -> list[Plot]:
+    angles = {name: found["mean_principal_angles"] for name, found in results.items()}
+    cka = {name: found["cka"] for name, found in results.items()}
     return [
-        WeightDistance(layer, moved**0.5, (moved / norm) ** 0.5 if norm else float("nan"))
-        for layer, (moved, norm) in squares.items()
+        Plot("principal_angles", "Hidden states by layer", plot_layers(angles, "mean principal angle (degrees)")),
+        Plot("cka", "Hidden states by layer: 1 is equal up to rotation", plot_layers(cka, "linear CKA")),
     ]
 
 
-def _layer_of(name: str) -> str:
-    number = re.search(r"\.(?:layers|h|blocks|block|layer)\.(\d+)\.", name)
-    if number:
-        return f"layer {number[1]}"
-    parts = name.split(".")
-    return parts[-2] if len(parts) > 1 else name
+register(
+    Instrument(
+        name="hidden_states",
+        group="similarity",
+        help="principal angles and CKA of hidden states, by layer",
+        measure=lambda base, tuned, data, **options: representation_similarity(base, tuned, data, **options).to_dict(),
+        subject="pair",
+        depends_on=("sharpness_documents",),
+        plots=_plots,
+        whole=True,
+        packages=("scipy",),
+    )
+)

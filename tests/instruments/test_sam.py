@@ -8,31 +8,31 @@ from memory import peak_bytes
 from toy_evaluation import FailsAfter, Quadratic, busy, held_out, sharp_olmo2, unchanged, zeros
 
 from hf_sam.instruments import HeldOutData, held_out_loss, sam_sharpness
+from hf_sam.step.reference import PERTURBATIONS
 
 
-def by_hand(model, data, rho, adaptive=False):
-    """L(w + e) of all documents together, with autograd on one loss."""
-    params = list(model.parameters())
+def by_hand(model, data, rho, variant):
+    """L(w + e) of all documents together, with autograd on one loss and the plain perturbation."""
+    params = dict(model.named_parameters())
     total = sum(
         torch.nn.functional.cross_entropy(
             model(torch.tensor([row.input_ids])).logits[0, :-1], torch.tensor(row.input_ids[1:]), reduction="sum"
         )
         for row in data.rows
     )
-    grads = torch.autograd.grad(total / data.tokens, params)
-    scaled = [p * g if adaptive else g for p, g in zip(params, grads, strict=True)]
-    norm = torch.stack([value.norm() for value in scaled]).norm()
+    gradients = torch.autograd.grad(total / data.tokens, params.values())
     with torch.no_grad():
-        for p, g in zip(params, grads, strict=True):
-            p.add_(rho / norm * (p**2 * g if adaptive else g))
+        e, norm = PERTURBATIONS[variant](params, dict(zip(params, gradients, strict=True)), rho)
+        for name, param in params.items():
+            param.add_(e[name])
     return norm.item(), held_out_loss(model, data).loss
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_sharpness_by_hand(adaptive):
-    data, rho = held_out(8), 0.05 if not adaptive else 0.5
-    measured = sam_sharpness(sharp_olmo2(), data, rho=rho, adaptive=adaptive)
-    norm, perturbed = by_hand(sharp_olmo2().eval(), data, rho, adaptive)
+@pytest.mark.parametrize(("variant", "rho"), [("sam", 0.05), ("asam", 0.5)])
+def test_sharpness_by_hand(variant, rho):
+    data = held_out(8)
+    measured = sam_sharpness(sharp_olmo2(), data, rho=rho, variant=variant)
+    norm, perturbed = by_hand(sharp_olmo2().eval(), data, rho, variant)
     assert measured.gradient_norm == pytest.approx(norm, rel=1e-5)
     assert measured.perturbed_loss == pytest.approx(perturbed, rel=1e-6)
     assert measured.value == pytest.approx(perturbed - held_out_loss(sharp_olmo2(), data).loss, rel=1e-3)
@@ -73,8 +73,8 @@ def test_the_model_is_left_as_it_was():
             sam_sharpness(failing, held_out(), batch_size=4)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_memory_is_one_copy_of_the_weights(adaptive):
+@pytest.mark.parametrize("variant", ["sam", "asam"])
+def test_memory_is_one_copy_of_the_weights(variant):
     """The gradient is the copy; a single layer of scratch comes on top."""
     model = sharp_olmo2(
         hidden_size=256, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=4
@@ -82,7 +82,7 @@ def test_memory_is_one_copy_of_the_weights(adaptive):
     size = sum(param.nbytes for param in model.parameters())
     largest = max(param.nbytes for param in model.parameters())
     data = HeldOutData([{"input_ids": [3, 4, 5]}])
-    peak = peak_bytes(lambda: sam_sharpness(model, data, adaptive=adaptive))
+    peak = peak_bytes(lambda: sam_sharpness(model, data, variant=variant))
     assert size < peak < size + 4 * largest
 
 

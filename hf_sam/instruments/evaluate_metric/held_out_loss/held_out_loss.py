@@ -1,14 +1,13 @@
 """Held-out loss, perplexity and forgetting as a metric of the `evaluate` library.
 
-`evaluate.load(hf_sam.evaluation.metric_path())` loads it from the installed package, without a network.
+`evaluate.load(hf_sam.instruments.metric_path())` loads it from the installed package, without a network.
 """
 
 import datasets
 import evaluate
 import torch
 
-from hf_sam.instruments.data import HeldOutData
-from hf_sam.instruments.loss import held_out_loss
+from hf_sam.instruments import HeldOutData, held_out_loss
 from hf_sam.runtime.models import check_same_tokens, find_model
 from hf_sam.statistics.losses import forgetting
 
@@ -31,7 +30,7 @@ Returns:
     tokens (int): number of predicted tokens.
     forgetting, forgetting_low, forgetting_high (float): with base_model_id, and its 95% bootstrap interval.
 Examples:
-    >>> metric = evaluate.load(hf_sam.evaluation.metric_path())
+    >>> metric = evaluate.load(hf_sam.instruments.metric_path())
     >>> metric.compute(predictions=texts, model_id="out/tuned", base_model_id="allenai/OLMo-2-0425-1B")
 """
 
