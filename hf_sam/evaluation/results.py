@@ -23,6 +23,11 @@ class Results:
         self.old = [data["name"] for data in record["data"] if data["role"] == "old"]
         self.tasks = [data["name"] for data in record["data"] if data["role"] == "task"]
 
+    @property
+    def schemes(self) -> list[str]:
+        """Schemes that the models were quantized to."""
+        return self.record["settings"]["quantize"]
+
     @classmethod
     def read(cls, folder: str | Path) -> "Results":
         """Those that an evaluation left in a folder.

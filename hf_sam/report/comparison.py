@@ -7,13 +7,17 @@ from ..evaluation.results import Results
 from ..instruments import Column, Instrument
 from ..instruments.registry import group_title, groups
 from ..runtime.figure import figure, markers
-from ..statistics import forgetting, forgetting_reduction, inflection_point, pareto_frontier
+from ..statistics import forgetting, inflection_point, pareto_frontier
 from .document import Document
-from .pages import MISSING, change_text, loss_text
+from .pages import change_text, loss_text
+from .summary import MISSING, add_summary, summarize
 
 
 def write_comparison(
-    folders: Sequence[str | Path], output: str | Path, budgets: Sequence[float] = ()
+    folders: Sequence[str | Path],
+    output: str | Path,
+    budgets: Sequence[float] = (),
+    training: Mapping[str, dict] | None = None,
 ) -> tuple[Path, Path]:
     """Write `report.md` and `report.html` that compare evaluations.
 
@@ -21,6 +25,8 @@ def write_comparison(
         folders (`Sequence`): output folders of `hf-sam evaluate`; the first is the reference.
         output (`str` or `Path`): where the reports go.
         budgets (`Sequence[float]`): pretraining budget of each base, for the inflection point over checkpoints.
+        training (`Mapping[str, dict]`, *optional*): what the training of base models took; see
+            [`~hf_sam.report.summary.summarize`].
 
     Returns:
         `tuple[Path, Path]`: the paths of the two reports.
@@ -29,10 +35,12 @@ def write_comparison(
         ValueError: if a folder holds no results, or they were measured on different data.
     """
     results = [Results.read(folder) for folder in folders]
-    return comparison_report(results, budgets).write(output)
+    return comparison_report(results, budgets, training).write(output)
 
 
-def comparison_report(results: Sequence[Results], budgets: Sequence[float] = ()) -> Document:
+def comparison_report(
+    results: Sequence[Results], budgets: Sequence[float] = (), training: Mapping[str, dict] | None = None
+) -> Document:
     """The report that compares evaluations; see `write_comparison`."""
     if not results:
         raise ValueError("There is nothing to compare: name the output folders of one or more evaluations.")
@@ -50,8 +58,8 @@ def comparison_report(results: Sequence[Results], budgets: Sequence[float] = ())
         "less may still end worse."
     )
     _bases(document, results)
-    _quantized(document, results)
-    _fine_tuned(document, results)
+    add_summary(document, summarize(results, training))
+    _sweeps(document, results)
     _benchmarks(document, results)
     _instruments(document, results)
     if budgets:
@@ -92,44 +100,16 @@ def _bases(document: Document, results: Sequence[Results]) -> None:
     document.table(["run", "base", f"loss on {data}", "against the reference"], rows)
 
 
-def _quantized(document: Document, results: Sequence[Results]) -> None:
-    shared = [s for s in results[0].record["settings"]["quantize"] if all(_has(one, s) for one in results)]
-    if not shared:
-        return
-    document.heading("Quantization of the base models")
-    data = results[0].old[0]
-    rows = []
-    for scheme in shared:
-        lost = None
-        for one in results:
-            before, after = one.loss(one.base, data), one.loss(one.base, data, scheme)
-            if before is None or after is None:
-                rows.append([scheme, one.name, MISSING, "", loss_text(after)])
-                continue
-            damage = forgetting(before, after)
-            if one is results[0]:
-                lost, change = damage.value, ""
-            else:
-                change = MISSING if lost is None else _change(damage.value, lost)
-            rows.append([scheme, one.name, str(damage), change, f"{after.loss:.4f}"])
-    document.table(["scheme", "run", "damage", "against the reference", "loss where it ended"], rows)
-
-
-def _has(one: Results, scheme: str) -> bool:
-    return scheme in one.record["settings"]["quantize"]
-
-
-def _fine_tuned(document: Document, results: Sequence[Results]) -> None:
-    sweeps = {one.name: one.sweep() for one in results}
+def _sweeps(document: Document, results: Sequence[Results]) -> None:
     if not any(one.tuned for one in results):
         return
+    document.heading("Learning and forgetting")
+    sweeps = {one.name: one.sweep() for one in results}
     if not all(sweeps.values()):
-        document.heading("Fine-tuning")
         document.text(
             "Missing: an evaluation without tuned models or without `--task_data` has nothing to compare here."
         )
         return
-    document.heading("Learning and forgetting")
     points = {name: [(run.task.loss, run.forgetting) for run in sweep] for name, sweep in sweeps.items()}
     document.figure("frontier", plot_frontier(points), "Learning against forgetting, one curve for each run")
     rows = [
@@ -138,36 +118,6 @@ def _fine_tuned(document: Document, results: Sequence[Results]) -> None:
         for run in sweep
     ]
     document.table(["run", "tuned model", "task loss", "forgetting", "loss on old data where it ended"], rows)
-    reference, *others = sweeps.items()
-    rows = []
-    for name, sweep in others:
-        try:
-            found = forgetting_reduction(reference[1], sweep)
-        except ValueError as error:
-            document.text(f"`{name}` against `{reference[0]}` at equal task loss: missing. {error}")
-            continue
-        relative = found.relative
-        rows.append(
-            [
-                name,
-                f"{found.task_loss:.4f}",
-                f"{found.reference:.4f}",
-                f"{found.method:.4f}",
-                f"{100 * relative.value:+.1f}% [{100 * relative.low:+.1f}, {100 * relative.high:+.1f}]",
-                f"{found.end_reference:.4f}",
-                f"{found.end_method:.4f}",
-                f"{100 * found.used:.0f}%",
-            ]
-        )
-    if rows:
-        document.text(
-            f"At equal task loss, interpolated along each frontier: reduction of forgetting against `{reference[0]}` "
-            "(more is better), with its 95% interval over documents. It does not hold what another training seed would "
-            "change, and is of the resamples whose sweeps span that task loss: little is known where they are few."
-        )
-        header = ["run", "at task loss", "forgetting of reference", "of run", "reduction"]
-        header += ["loss where reference ended", "where run ended", "resamples that span it"]
-        document.table(header, rows)
 
 
 def plot_frontier(sweeps: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
@@ -257,7 +207,3 @@ def _best_tuned(one: Results) -> str | None:
     data = (*one.tasks, *one.old)[0]
     losses = {name: one.loss(name, data) for name in one.tuned}
     return min((name for name in losses if losses[name] is not None), key=lambda name: losses[name].loss, default=None)
-
-
-def _change(value: float, reference: float) -> str:
-    return f"{100 * (value / reference - 1):+.1f}%" if reference > 0 else "reference lost nothing"

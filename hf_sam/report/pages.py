@@ -10,8 +10,7 @@ from ..instruments import Instrument, score_change
 from ..instruments.registry import group_title, groups
 from ..statistics.losses import HeldOutLoss, forgetting
 from .document import Document
-
-MISSING = "missing"
+from .summary import MISSING
 
 
 def write_report(record: dict, folder: str | Path) -> tuple[Path, Path]:

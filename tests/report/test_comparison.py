@@ -72,12 +72,13 @@ def test_both_what_was_lost_and_where_it_ended():
     sam = record("SAM", base=3.04, runs=((2.0, 0.16), (1.5, 0.4), (1.0, 0.8)), damage=0.03)
     markdown = comparison_report([Results(record("AdamW")), Results(sam)]).markdown()
     assert cells(markdown, "SAM", "base")[2:] == ["3.0400", "0.0400 [0.0400, 0.0400]"]
-    assert cells(markdown, "nf4", "SAM")[2:] == ["0.0300 [0.0300, 0.0300]", "-40.0%", "3.0700"]
+    assert "## Quantized to nf4" in markdown
+    assert cells(markdown, "SAM", "3.0400")[2:] == ["0.0300 [0.0300, 0.0300]", "40%", "3.0700"]
     # In the middle of 1 to 2: 0.5 and 0.4.
     row = cells(markdown, "SAM", "1.5000")
-    assert row[2:4] == ["0.5000", "0.4000"]
-    assert row[4].startswith("+20.0% [")
-    assert row[5:] == ["3.5000", "3.4400", "100%"]
+    assert row[2] == "0.5000 -> 0.4000"
+    assert row[3].startswith("20.0% [")
+    assert row[4:] == ["3.5000 -> 3.4400", "100%"]
     assert cells(markdown, "SAM", "1e-08 ± 1.0e-09")[2:] == ["missing", "5 ± unknown"]
 
 
