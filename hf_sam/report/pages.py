@@ -157,8 +157,11 @@ def instruments(document: Document, results: Results) -> None:
             continue
         document.heading(group_title(group))
         with_columns = [instrument for instrument in chosen if instrument.columns]
-        if notes := " ".join(instrument.note for instrument in with_columns if instrument.note):
-            document.text(notes)
+        notes = [instrument.note for instrument in with_columns if instrument.note]
+        used = {s.name: results.record["settings"][s.name] for instrument in chosen for s in instrument.settings}
+        notes += [f"Settings: {', '.join(f'`{name}` {value}' for name, value in used.items())}."] if used else []
+        if notes:
+            document.text(" ".join(notes))
         found = {instrument.name: results.by_model(instrument.name) for instrument in chosen}
         models = dict.fromkeys(model for instrument in with_columns for model in found[instrument.name])
         document.table(
