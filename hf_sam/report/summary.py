@@ -162,7 +162,7 @@ def _add_fine_tuned(document: Document, summary: dict) -> None:
         )
     if rows:
         document.text(
-            "Interpolated along the frontier of each sweep, with the 95% interval over documents. The interval does not "
+            "Interpolated along the frontier of each sweep, with the 95% interval over documents. It does not "
             "include the variation between training seeds. It is taken over the resamples in which both sweeps span "
             "that task loss; if these are few, it says little."
         )
