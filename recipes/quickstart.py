@@ -1,11 +1,11 @@
-"""The quickstart: the preset `toy` of recipes/reproduce.py, on two CPU cores in some minutes.
+"""The quickstart: the preset `toy` of `hf-sam reproduce`, on two CPU cores in about 10 minutes.
 
 python recipes/quickstart.py
 """
 
 import sys
 
-from reproduce import main
+from hf_sam.commands import main
 
 if __name__ == "__main__":
-    sys.exit(main(["--preset", "toy", *sys.argv[1:]]))
+    sys.exit(main(["reproduce", "--preset", "toy", *sys.argv[1:]]))

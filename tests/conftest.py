@@ -52,3 +52,29 @@ def shelf(tmp_path_factory):
     from shelf import fill
 
     return fill(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """Runs a command: `launch("pretrain", argv, ranks=2, strategy="fsdp2", kill_at=file)`."""
+    from launching import Launcher
+
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def training_files(tmp_path_factory):
+    """A model with a tokenizer, text to train on, and examples to fine-tune on."""
+    from toy import olmo2
+    from toy_pretraining import write_documents
+    from toy_trl import rows, tokenizer
+
+    folder = tmp_path_factory.mktemp("training")
+    olmo2().save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    write_documents(folder / "text", files=4, documents=200)
+    rows("completion", count=160).to_json(folder / "problems.jsonl")
+    rows("text", count=40).to_json(folder / "old.jsonl")
+    return folder

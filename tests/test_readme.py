@@ -67,7 +67,7 @@ def test_the_commands_have_the_flags_that_are_shown(command):
     from hf_sam.commands import clm, sft
 
     _, name, *argv = shlex.split(command)
-    *_, unknown = {"sft": sft, "clm": clm}[name].make_parser().parse_args_and_config(
+    *_, unknown = {"sft": sft, "clm": clm}[name].make_parser().parse_args_into_dataclasses(
         [*argv, "--bf16", "false", "--use_cpu"], return_remaining_strings=True
     )
     # The rest is for the launcher, which knows it.
@@ -106,12 +106,10 @@ def test_every_measure_that_is_named_exists():
 
 @pytest.mark.parametrize("command", re.findall(r"^hf-sam evaluate .*$", README, re.MULTILINE))
 def test_the_evaluations_have_the_flags_that_are_shown(command):
-    from hf_sam.commands.evaluate import EvaluateParser
-    from hf_sam.evaluation import EvaluationArguments
+    from hf_sam.commands import evaluate
 
-    flags = vars(EvaluateParser().parse_args(shlex.split(command)[2:]))
-    flags.pop("config")
-    assert EvaluationArguments(**flags).base
+    (settings,) = evaluate.make_parser().parse(shlex.split(command)[2:])
+    assert settings.base
 
 
 def test_every_flag_is_in_the_table_and_nothing_else():

@@ -36,6 +36,7 @@ class Command:
 
 _SFT = ("trl", "datasets")
 _EVAL = ("datasets", "scipy", "matplotlib")
+_RECIPES = ("datasets", "trl")
 
 COMMANDS = {
     "sft": Command("sft", "sft", "supervised fine-tuning: TRL's `sft` script with SAM", "sft", _SFT),
@@ -47,6 +48,14 @@ COMMANDS = {
         "defaults for scripts that do not parse flags (end a list or a switch with `--`)",
         runs_a_script=True,
     ),
+    "pretrain": Command(
+        "pretrain",
+        "pretrain",
+        "pretraining, annealing and mid-training with budgets in tokens",
+        "recipes",
+        _RECIPES[:1],
+    ),
+    "sweep": Command("sweep", "sweep", "supervised fine-tuning over a sweep of learning rates", "recipes", _RECIPES),
     "evaluate": Command(
         "evaluate",
         "evaluate",
@@ -55,6 +64,27 @@ COMMANDS = {
         _EVAL,
     ),
     "report": Command("report", "report DIR...", "compare evaluations; the first one is the reference", "eval", _EVAL),
+    "compare": Command(
+        "compare",
+        "compare",
+        "evaluate several base models with their sweeps, and compare forgetting and quantization damage",
+        "recipes",
+        _EVAL,
+    ),
+    "reproduce": Command(
+        "reproduce",
+        "reproduce",
+        "a whole experiment by its preset: pretrain, anneal, fine-tune, evaluate, compare",
+        "recipes",
+        (*_EVAL, "trl"),
+    ),
+    "toy-data": Command(
+        "toy_data",
+        "toy-data",
+        "the data of the preset `toy`, without a network",
+        "recipes",
+        ("datasets", "reasoning_gym"),
+    ),
 }
 
 _FOOTER = """\

@@ -8,12 +8,11 @@ from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
-    TrlParser,
     get_peft_config,
     get_quantization_config,
 )
 
-from ..runtime.errors import raise_usage_errors
+from ..runtime.config import ConfigParser
 from ..sft import SAMSFTConfig, SAMSFTTrainer
 from .help import group_sam_flags
 from .launch import run_or_launch
@@ -40,10 +39,10 @@ class CLMConfig(SAMSFTConfig):
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> ConfigParser:
     """The parser of the command: TRL's arguments for data and model, and [`CLMConfig`]."""
     classes = (ScriptArguments, CLMConfig, ModelConfig, DatasetMixtureConfig)
-    return raise_usage_errors(group_sam_flags(TrlParser(classes, prog="hf-sam clm")))
+    return group_sam_flags(ConfigParser(classes, prog="hf-sam clm"))
 
 
 def main(argv: list[str]) -> int:

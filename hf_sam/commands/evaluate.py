@@ -3,43 +3,24 @@
 import sys
 from pathlib import Path
 
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from ..evaluation.run import evaluate
-from ..evaluation.settings import EvaluationArguments
+from ..evaluation.settings import arguments_class
 from ..report.pages import write_report
-from ..runtime.config import read_flags
+from ..runtime.config import ConfigParser
 from ..runtime.distributed import join_processes, rank_and_world
-from ..runtime.errors import raise_usage_errors
 from .launch import run_or_launch
 
 
-class EvaluateParser(HfArgumentParser):
-    """The parser of `hf-sam evaluate`, with `--config FILE` for a YAML file of flags; those of the command line win."""
-
-    def __init__(self):
-        super().__init__(EvaluationArguments, prog="hf-sam evaluate")
-        self.add_argument("--config", help="YAML file with any of these flags; those of the command line win")
-        raise_usage_errors(self)
-
-    def set_defaults_with_config(self, **config) -> list[str]:
-        """Take what a config file holds as defaults; returns the names and values that are no flags of this parser."""
-        actions = {action.dest: action for action in self._actions}
-        rest = []
-        for name, value in config.items():
-            if name not in actions:
-                rest += [f"--{name}", str(value)]
-                continue
-            if actions[name].nargs == "+" and not isinstance(value, list):
-                value = [value]
-            self.set_defaults(**{name: value})
-        return rest
+def make_parser() -> ConfigParser:
+    """The parser of `hf-sam evaluate`."""
+    return ConfigParser(arguments_class(), prog="hf-sam evaluate")
 
 
 def main(argv: list[str]) -> int:
     """Measure, here or in launched processes; returns the exit status."""
-    return run_or_launch("evaluate", EvaluateParser(), argv, measure)
+    return run_or_launch("evaluate", make_parser(), argv, measure)
 
 
 def measure(argv: list[str]) -> int:
@@ -48,12 +29,7 @@ def measure(argv: list[str]) -> int:
     Returns:
         `int`: 0, or 1 if a measure failed: the others are there, and the report says which failed and why.
     """
-    parser = EvaluateParser()
-    if config := parser.parse_args(argv).config:
-        # What is no flag of this parser was for the launcher.
-        parser.set_defaults_with_config(**read_flags(config))
-    flags = vars(parser.parse_args(argv))
-    settings = EvaluationArguments(**{name: value for name, value in flags.items() if name != "config"})
+    (settings,) = make_parser().parse(argv, ignore_unknown=True)
     join_processes()
     logging.set_verbosity_error()
     record = evaluate(settings)

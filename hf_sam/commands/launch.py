@@ -8,14 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from ..runtime.config import read_flags
-from ..runtime.errors import UsageError, did_you_mean, raise_usage_errors, unknown_arguments
+from ..runtime.config import ConfigParser
+from ..runtime.errors import UsageError, raise_usage_errors, unknown_arguments
+from ..runtime.processes import end_with_launcher
 
 # Tells the processes that a command launches not to launch again what they read in the config file.
 _LAUNCHED = "HF_SAM_LAUNCHED"
 
 
-def run_or_launch(command: str, parser, argv: Sequence[str], program: Callable[[list[str]], int]) -> int:
+def run_or_launch(command: str, parser: ConfigParser, argv: Sequence[str], program: Callable[[list[str]], int]) -> int:
     """Run a command in this process, or under `accelerate launch` if there are flags of the launcher among its flags.
 
     As in `trl sft`: what the parser of the command does not know (`--num_processes 2`, `--accelerate_config FILE`) goes
@@ -23,22 +24,17 @@ def run_or_launch(command: str, parser, argv: Sequence[str], program: Callable[[
 
     Args:
         command (`str`): name of the command.
-        parser (`transformers.HfArgumentParser`): of its flags; it must have `set_defaults_with_config`.
+        parser ([`~hf_sam.runtime.config.ConfigParser`]): of its flags.
         argv (`Sequence[str]`): all flags.
         program (`Callable[[list[str]], int]`): what the command does in one process; returns the exit status.
 
     Raises:
         UsageError: if a flag, or a name in the file of `--config`, belongs to neither.
     """
-    # Two arguments, as TRL's parser wants them.
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     config, unknown = _unknown(parser, argv)
     flags = list(parser._option_string_actions)
-    for name in config:
-        if f"--{name}" not in launcher_flags():
-            known = [flag.removeprefix("--") for flag in {*flags, *launcher_flags()}]
-            raise UsageError(f"the config file sets {name!r}, which is no flag{did_you_mean(name, known)}")
     if is_launched():
+        end_with_launcher()
         if unknown:
             raise unknown_arguments(unknown, flags)
     elif config or unknown:
@@ -47,22 +43,16 @@ def run_or_launch(command: str, parser, argv: Sequence[str], program: Callable[[
     return program(argv)
 
 
-def _unknown(parser, argv: list[str]) -> tuple[dict, list[str]]:
-    """What the parser does not know, in the file of `--config` and in `argv`; prints the help if asked to.
+def _unknown(parser: ConfigParser, argv: Sequence[str]) -> tuple[dict, list[str]]:
+    """What the parser does not know, in the files of `--config` and in `argv`; prints the help if asked to.
 
     The arguments are not built yet: in a process that only launches others, they would set up devices.
     """
-    flags, config = list(argv), {}
-    if "--config" in flags:
-        index = flags.index("--config")
-        if index + 1 == len(flags):
-            raise UsageError("argument --config: expected one argument")
-        config = read_flags(flags[index + 1])
-        del flags[index : index + 2]
-        config.pop("env", None)  # for the process that trains
-        unknown = {name.removeprefix("--") for name in parser.set_defaults_with_config(**config)[::2]}
-        config = {name: value for name, value in config.items() if name in unknown}
-    return config, parser.parse_known_args(flags)[1]
+    files, flags = parser.split(argv)
+    settings = parser.load(files)
+    if foreign := {name: found for name, found in settings.items() if f"--{name}" not in launcher_flags()}:
+        raise parser.unknown_setting(foreign, [flag.removeprefix("--") for flag in launcher_flags()])
+    return {name: value for name, (_, value) in settings.items()}, parser.parse_known_args(flags)[1]
 
 
 def _without(argv: list[str], taken: list[str]) -> list[str]:

@@ -3,9 +3,9 @@
 import datasets
 import trl
 import trl.scripts.sft
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from ..runtime.errors import raise_usage_errors
+from ..runtime.config import ConfigParser
 from ..sft import SAMSFTConfig
 from .help import group_sam_flags
 from .launch import run_or_launch
@@ -13,10 +13,10 @@ from .script import load_script
 from .training_inputs import SFT_COLUMNS, load_training_data, parse_arguments
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> ConfigParser:
     """The parser of the command: TRL's arguments for data and model, and [`~hf_sam.SAMSFTConfig`]."""
     classes = (ScriptArguments, SAMSFTConfig, ModelConfig, DatasetMixtureConfig)
-    return raise_usage_errors(group_sam_flags(TrlParser(classes, prog="hf-sam sft")))
+    return group_sam_flags(ConfigParser(classes, prog="hf-sam sft"))
 
 
 def main(argv: list[str]) -> int:

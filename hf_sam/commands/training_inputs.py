@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 
+from ..runtime.config import ConfigParser
 from ..runtime.dataset_specs import data_files, is_saved, loader_of, open_split, open_splits
 from ..runtime.disk import check_writable
 from ..runtime.models import check_model
@@ -19,19 +20,17 @@ SFT_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
 
 
 def parse_arguments(
-    parser: TrlParser, argv: Sequence[str]
+    parser: ConfigParser, argv: Sequence[str]
 ) -> tuple[ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig]:
-    """TRL's arguments from flags and from the file of `--config`.
+    """TRL's arguments from flags and from the files of `--config`.
 
     Raises:
         ValueError: if a value is out of range, there is no model or no data to train on, the model does not exist, or
             files of its weights or of the checkpoint to resume from are damaged.
         OSError: if the output folder cannot be written to.
     """
-    script, args, model, mixture = parser.parse_args_and_config(
-        list(argv),
-        fail_with_unknown_args=False,  # those of `accelerate launch`, which have done their work
-    )
+    # Flags of `accelerate launch` in a config file have done their work.
+    script, args, model, mixture = parser.parse(argv, ignore_unknown=True)
     if model.model_name_or_path is None:
         raise ValueError("there is no model to train. Name one with --model_name_or_path: a folder or a hub id.")
     if not mixture.datasets and script.dataset_name is None:

@@ -1,7 +1,7 @@
-"""Checkpoints of a Trainer: which of them are complete, and where in the data they were taken.
+"""Find the last complete checkpoint of a `Trainer`, and the data position at which it was saved.
 
-The host writes `trainer_state.json` last. [`CheckpointRecord`] adds to it what is needed to resume: the number of
-processes, each of which writes a file of its own, and the position in the data.
+`Trainer` writes `trainer_state.json` last. [`CheckpointRecord`] adds two entries that a resumed run needs: the number
+of processes (each one saves its own random states) and the position in the data.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .disk import read_json
 from .distributed import broadcast
-from .run_record import read_json
 
 
 class CheckpointRecord(TrainerCallback, ExportableState):
@@ -19,24 +19,24 @@ class CheckpointRecord(TrainerCallback, ExportableState):
 
     Args:
         world_size (`int`): number of processes.
-        position (`Callable[[], dict]`, *optional*): returns the position in the data, for JSON.
+        position (`Callable[[], dict]`, *optional*): returns the position in the data as plain JSON values.
     """
 
     def __init__(self, world_size: int, position: Callable[[], dict] | None = None):
         self._world_size, self._position = world_size, position
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # The checkpoint that a run begins with may be from a trainer without this callback.
+        # The run may resume from a checkpoint of a trainer without this callback.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def state(self) -> dict:
-        """What the host writes into `trainer_state.json`."""
+        """The entries that `Trainer` writes into `trainer_state.json`."""
         data = self._position() if self._position is not None else None
         return {"args": {}, "attributes": {"world_size": self._world_size, "data": data}}
 
 
 def read_record(checkpoint: str | Path) -> dict | None:
-    """What [`CheckpointRecord`] wrote: `world_size` and `data`; None if it wrote nothing."""
+    """Read the entries of [`CheckpointRecord`], `world_size` and `data`; None if the checkpoint has none."""
     state = read_json(Path(checkpoint) / "trainer_state.json") or {}
     stored = state.get("stateful_callbacks", {}).get(CheckpointRecord.__name__)
     if isinstance(stored, list):
@@ -45,10 +45,10 @@ def read_record(checkpoint: str | Path) -> dict | None:
 
 
 def last_complete(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint in a folder, or None; the same on all processes.
+    """Return the newest complete checkpoint in a folder, or None; the same on all processes.
 
-    A checkpoint that was interrupted lacks its last file, or the file of a process. The files of all processes must be
-    visible, so checkpoints have to be on a disk that all nodes share.
+    A checkpoint is complete if it has its last file and one file of each process. All nodes must therefore save to a
+    shared disk.
     """
     steps = {}
     for folder in Path(output_dir).glob("checkpoint-*"):

@@ -1,4 +1,4 @@
-"""What runs need of the disk: space, told before they begin, and files that are whole or not there."""
+"""Disk-space checks and atomic JSON writes."""
 
 import errno
 import json
@@ -10,15 +10,15 @@ from pathlib import Path
 
 
 def check_disk(folder: str | Path, needed: int, what: str) -> None:
-    """Check that a folder can be written to, and that its disk has space.
+    """Check that a folder is writable and that its disk has enough free space.
 
     Args:
-        folder (`str` or `Path`): need not exist yet.
+        folder (`str` or `Path`): the folder; need not exist yet.
         needed (`int`): bytes.
-        what (`str`): what needs them, for the message.
+        what (`str`): subject of the error message.
 
     Raises:
-        OSError: if there is no space, or the folder cannot be written to; see [`check_writable`].
+        OSError: if there is not enough space, or the folder is not writable (see [`check_writable`]).
     """
     place = check_writable(folder)
     free = shutil.disk_usage(place).free
@@ -29,19 +29,19 @@ def check_disk(folder: str | Path, needed: int, what: str) -> None:
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Check that files can be written in a folder, or in the place where it would be made; leaves nothing there.
+    """Check that files can be created in a folder, or in its nearest existing parent. Leaves no file behind.
 
     Returns:
-        `Path`: the folder, or what exists of the folders above it.
+        `Path`: the folder, or its nearest existing parent.
 
     Raises:
-        OSError: as `PermissionError`, `NotADirectoryError` or `OSError`; the message says what is in the way.
+        OSError: `PermissionError`, `NotADirectoryError` or another subclass; the message names the cause.
     """
     path = Path(folder).absolute()
     while not os.path.lexists(path):
         path = path.parent
     try:
-        # Permissions alone tell too little: root, network disks and containers have rules of their own.
+        # Permission bits are not enough: root, network disks and containers follow other rules.
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
@@ -61,15 +61,23 @@ def check_writable(folder: str | Path) -> Path:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write strict JSON, all of it or nothing; numbers that are not finite become null."""
+    """Write strict JSON atomically; non-finite numbers become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
+def read_json(path: Path) -> dict | None:
+    """Read a JSON file; None if it does not exist or is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def finite(value):
-    """`value` for strict JSON: keys as text, numbers that are not finite as null."""
+    """Convert `value` for strict JSON: keys become strings, non-finite numbers become None."""
     if isinstance(value, dict):
         return {str(key): finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

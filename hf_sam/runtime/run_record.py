@@ -1,7 +1,7 @@
-"""The record of a training run in its output folder: which settings it has, and whether it is finished.
+"""The record of a training run in its output folder: its settings, and whether it is finished.
 
-The settings are written when the run begins, so that the same command resumes it and a command with other settings is
-refused. When the run ends, a second file marks it as finished.
+The settings are written when training begins: the same command then resumes the run, and a command with other settings
+is refused. When training ends, a second file marks the run as finished.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from .disk import finite, write_json
+from .disk import finite, read_json, write_json
 from .distributed import broadcast
 
 SETTINGS, FINISHED = "run_settings.json", "training_done.json"
 
-# The settings of the host that decide where training ends. How the work is distributed and logged does not.
+# Fields of `TrainingArguments` that change the trained weights. Distribution and logging do not.
 _DECISIVE = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
     *("optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
@@ -27,13 +27,13 @@ _NOT_DECISIVE = {"dataset_num_proc", "preprocessing_num_workers", "eval_packing"
 
 
 def decisive_settings(args: TrainingArguments, *others, **facts) -> dict:
-    """The settings that decide where a run ends, for JSON.
+    """Collect the settings that change the trained weights, for JSON.
 
     Args:
-        args ([`~transformers.TrainingArguments`]): of the fields of the host, the decisive ones are taken; of the
-            fields that a subclass adds, all.
-        others: more dataclasses, whose fields are all taken.
-        facts: anything else, such as a fingerprint of the weights that the run begins with.
+        args ([`~transformers.TrainingArguments`]): the decisive fields of `TrainingArguments`, and all fields that a
+            subclass adds.
+        others: more dataclasses; all their fields.
+        facts: other entries, such as a fingerprint of the initial weights.
     """
     host = {field.name for field in dataclasses.fields(TrainingArguments)}
     found = {name: getattr(args, name) for name in _DECISIVE if hasattr(args, name)}
@@ -45,18 +45,18 @@ def decisive_settings(args: TrainingArguments, *others, **facts) -> dict:
 
 
 def write_settings(args: TrainingArguments, settings: dict) -> None:
-    """Write the settings of a run that begins, for [`is_finished`]."""
+    """Write the settings of a new run, for [`is_finished`]."""
     if args.process_index == 0:
         write_json(Path(args.output_dir) / SETTINGS, settings)
 
 
 def is_finished(args: TrainingArguments, settings: dict) -> bool:
-    """Whether the output folder holds this run, and the run is finished; the same on all processes.
+    """Whether the output folder holds this run, finished; the same on all processes.
 
     Raises:
         ValueError: if the folder holds checkpoints or the model of a run with other settings; the message lists them.
     """
-    # Rank 0 decides for all, because it alone wrote the record.
+    # Rank 0 wrote the record, so it decides for all ranks.
     finished, problem = broadcast(_look(args.output_dir, settings) if args.process_index == 0 else None)
     if problem:
         raise ValueError(problem)
@@ -64,7 +64,7 @@ def is_finished(args: TrainingArguments, settings: dict) -> bool:
 
 
 def _look(output_dir: str, settings: dict) -> tuple[bool, str | None]:
-    """Whether a folder holds the finished run, and what is wrong with its content."""
+    """Whether a folder holds the finished run, and a description of the problem if it cannot be used."""
     folder = Path(output_dir)
     finished = (folder / FINISHED).exists()
     if not finished and not list(folder.glob("checkpoint-*")):
@@ -90,7 +90,7 @@ def mark_finished(trainer, **facts) -> None:
 
     Args:
         trainer ([`~transformers.Trainer`]): after training.
-        facts: what to write beside its number of `steps`, such as what training took; for JSON.
+        facts: JSON values to write in addition to the number of `steps`, such as the cost of training.
     """
     if trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir) / FINISHED
@@ -99,13 +99,5 @@ def mark_finished(trainer, **facts) -> None:
 
 
 def read_finished(folder: str | Path) -> dict | None:
-    """What [`mark_finished`] wrote into a folder; None if the folder holds no finished run."""
+    """Read the record of [`mark_finished`]; None if the folder holds no finished run."""
     return read_json(Path(folder) / FINISHED)
-
-
-def read_json(path: Path) -> dict | None:
-    """The content of a JSON file; None if there is no such file or it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_sam import commands
-from hf_sam.commands import clm, report, run, sft
-from hf_sam.commands.evaluate import EvaluateParser
+from hf_sam.commands import clm, compare, evaluate, pretrain, report, reproduce, run, sft, sweep, toy_data
 from hf_sam.commands.launch import launcher_parser
 
 ROOT = Path(__file__).parents[2]
@@ -26,10 +25,16 @@ MADE_IN = {
     "hf_sam/commands/clm.py": (clm.make_parser,),
     "hf_sam/commands/run.py": (run.make_parser,),
     "hf_sam/commands/launch.py": (launcher_parser,),
-    "hf_sam/commands/evaluate.py": (EvaluateParser,),
+    "hf_sam/commands/evaluate.py": (evaluate.make_parser,),
     "hf_sam/commands/report.py": (report.make_parser,),
-    # A class for the parsers of other scripts, and one for those of the recipes.
+    "hf_sam/commands/pretrain.py": (pretrain.make_parser,),
+    "hf_sam/commands/sweep.py": (sweep.make_parser,),
+    "hf_sam/commands/compare.py": (compare.make_parser,),
+    "hf_sam/commands/reproduce.py": (reproduce.make_parser,),
+    "hf_sam/commands/toy_data.py": (toy_data.make_parser,),
+    # A class for the parsers of other scripts, and one for those of the commands.
     "hf_sam/commands/script.py": (),
+    "hf_sam/runtime/config.py": (),
     "recipes/configuration.py": (),
 }
 
@@ -70,7 +75,7 @@ def test_no_parser_is_left_out():
             elif isinstance(node, ast.ClassDef):
                 named = node.bases
             names = [ast.unparse(name) for name in named]
-            if any(re.search(r"(Argument|Trl|Recipe|Evaluate|launch_command_)[pP]arser$", name) for name in names):
+            if any(re.search(r"(Argument|Trl|Config|launch_command_)[pP]arser$", name) for name in names):
                 makers.add(path)
     assert {str(path.relative_to(ROOT)) for path in makers - set(SCRIPTS)} <= MADE_IN.keys()
     for make in (make for makes in MADE_IN.values() for make in makes):

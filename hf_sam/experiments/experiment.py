@@ -1,0 +1,182 @@
+"""A preset as stages: pretrain, anneal in several ways, fine-tune each over a sweep, evaluate each, compare all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..planning import parse_tokens
+from ..runtime.checkpoints import last_complete
+from ..runtime.config import merge, read_config
+from .stages import Stage
+
+PRESETS = Path(__file__).parent / "configs" / "presets"
+# Stands for the output folder in the paths of a preset.
+PLACEHOLDER = "{output}"
+
+_KEYS = {"device", "accelerate_config", "model", "data", "pretrain", "anneal", "sft", "evaluate"}
+
+
+def preset_names() -> list[str]:
+    """The presets that come with hf-sam."""
+    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict:
+    """The preset with that name, or in that YAML file.
+
+    Raises:
+        ValueError: if there is none, or it holds unknown keys.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"There is no preset {name!r}; there are {', '.join(preset_names())}, or name a YAML file.")
+    preset = read_config(path)
+    if unknown := sorted(preset.keys() - _KEYS):
+        raise ValueError(f"{path} sets {unknown[0]!r}; a preset has {', '.join(sorted(_KEYS))}.")
+    for key in ("anneal", "evaluate"):
+        if key not in preset:
+            raise ValueError(f"{path} has no {key!r}: a preset anneals or mid-trains, and evaluates.")
+    return preset
+
+
+@dataclass
+class Experiment:
+    """A preset with an output folder.
+
+    The names of the stages depend on the preset alone, so that every machine and every scheduler can run any of them.
+
+    Args:
+        preset (`dict`): see [`read_preset`].
+        output (`Path`): the output folder.
+        devices (`int`): number of GPUs of the machine; 1 on the CPU.
+    """
+
+    preset: dict
+    output: Path
+    devices: int
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the preset runs on the CPU."""
+        return self.preset.get("device") == "cpu"
+
+    def stages(self) -> list[Stage]:
+        """All stages of the experiment."""
+        stages = []
+        if "data" in self.preset:
+            stages.append(Stage("data", "toy-data", self._with_output(self.preset["data"])))
+        first = tuple(stage.name for stage in stages)
+        for name in self.runs("pretrain"):
+            stages.append(self._training("pretrain", name, first))
+        for name, run in self.runs("anneal").items():
+            source = self.source(run)
+            stages.append(self._training("anneal", name, (f"pretrain/{source}",) if source else first))
+            sweep = [self._sweep(name, rates) for rates in self._rates_of_stages()]
+            stages += sweep
+            needs = tuple(stage.name for stage in sweep) or (f"anneal/{name}",)
+            stages.append(self._comparison(f"evaluate/{name}", [name], needs))
+        names = list(self.runs("anneal"))
+        stages.append(self._comparison("report", names, tuple(f"evaluate/{name}" for name in names)))
+        return stages
+
+    def runs(self, kind: str) -> dict[str, dict]:
+        """Runs of a kind of stage, and what each changes in the settings."""
+        return {name: run or {} for name, run in self.preset.get(kind, {}).get("runs", {}).items()}
+
+    def source(self, run: dict) -> str | None:
+        """The pretraining run that an annealing run begins with; None if it begins with a model."""
+        pretraining = list(self.runs("pretrain"))
+        return run.get("from", pretraining[0] if pretraining else None)
+
+    def settings(self, kind: str, run: dict | None = None) -> dict:
+        """Settings of a stage: those of its config file, changed by the preset, changed by the run."""
+        part = self.preset.get(kind, {})
+        own = {key: value for key, value in (run or {}).items() if key != "from"}
+        config = read_config(part["config"]) if "config" in part else {}
+        return self._with_output(merge(config, merge(part.get("settings", {}), own)))
+
+    def _with_output(self, value):
+        if isinstance(value, dict):
+            return {name: self._with_output(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [self._with_output(one) for one in value]
+        return value.replace(PLACEHOLDER, str(self.output)) if isinstance(value, str) else value
+
+    def _training(self, kind: str, name: str, needs: tuple[str, ...]) -> Stage:
+        run = self.runs(kind)[name]
+        settings = {**self.settings(kind, run), "output_dir": str(self.output / kind / name)}
+        source = self.source(run) if kind == "anneal" else None
+
+        def checkpoint_of_source() -> dict:
+            if source is None:
+                return {}
+            folder = self.output / "pretrain" / source
+            checkpoint = last_complete(folder)
+            if checkpoint is None:
+                raise ValueError(f"{folder} holds no checkpoint to anneal from. Let the preset save one (save_steps).")
+            return {"anneal_from": checkpoint}
+
+        wide = self.devices > 1 and not self.on_cpu
+        return Stage(f"{kind}/{name}", "pretrain", settings, needs, wide, checkpoint_of_source)
+
+    def _rates_of_stages(self) -> list[list[float]]:
+        """The learning rates of each stage of a sweep: one on a GPU, all on the CPU."""
+        if "sft" not in self.preset:
+            return []
+        rates = self.settings("sft")["learning_rates"]
+        return [rates] if self.on_cpu else [[rate] for rate in rates]
+
+    def _sweep(self, name: str, rates: list[float]) -> Stage:
+        settings = {
+            **self.settings("sft"),
+            "model_name_or_path": str(self.output / "anneal" / name),
+            "output_dir": str(self.output / "sft" / name),
+            "learning_rates": rates,
+        }
+        label = f"sft/{name}" + ("" if self.on_cpu else f"/lr-{float(rates[0]):g}")
+        return Stage(label, "sweep", settings, (f"anneal/{name}",))
+
+    def _comparison(self, label: str, names: list[str], needs: tuple[str, ...]) -> Stage:
+        settings = {**self.settings("evaluate"), "output": str(self.output / "evaluation")}
+        sweep = f",{self.output / 'sft'}/" if "sft" in self.preset else ""
+        settings["runs"] = [f"{n}={self.output / 'anneal' / n}" + (f"{sweep}{n}" if sweep else "") for n in names]
+        if sweep:
+            first = next(iter(self.runs("anneal")))
+            settings["task_data"] = [f"task={self.output / 'sft' / first / 'held_out.jsonl'}"]
+        # A finished evaluation in the folder may be of a stage that was run again since.
+        return Stage(label, "compare", settings, needs, late_settings=lambda: {"overwrite": True})
+
+    def plan(self, plan_command: Callable[[str, dict], str]) -> str:
+        """What the training stages need: tokens, steps, memory and time.
+
+        Args:
+            plan_command (`Callable[[str, dict], str]`): the plan of a sub-command with its settings.
+        """
+        names = [stage.name for stage in self.stages()]
+        text = [f"{len(names)} stages: {', '.join(names)}."]
+        for kind in ("pretrain", "anneal"):
+            for name, run in self.runs(kind).items():
+                settings = self.settings(kind, run)
+                if kind == "anneal" and (source := self.source(run)):
+                    settings = self._with_budget(settings, source)
+                text += [f"\n{kind}/{name}\n", self._plan_of("pretrain", settings, plan_command)]
+        if "sft" in self.preset:
+            text += ["\nsft\n", self._plan_of("sweep", self.settings("sft"), plan_command)]
+        return "\n".join(text)
+
+    def _with_budget(self, settings: dict, source: str) -> dict:
+        """Settings of an annealing without its checkpoint, which does not exist yet: the budget in tokens."""
+        before = parse_tokens(self.settings("pretrain", self.runs("pretrain")[source])["train_tokens"])
+        share = str(settings["train_tokens"])
+        tokens = round(before * float(share[:-1]) / 100) if share.endswith("%") else share
+        return {**settings, "train_tokens": str(tokens), "warmup_steps": 0}
+
+    def _plan_of(self, command: str, settings: dict, plan_command: Callable[[str, dict], str]) -> str:
+        # The model that a stage starts from does not exist yet; its configuration does.
+        shape = self.preset.get("model") or self.settings("anneal").get("config_name")
+        # A run of the sweep uses one device.
+        devices = 1 if command == "sweep" else self.devices
+        settings = {**settings, "output_dir": str(self.output), "dry_run_gpus": devices}
+        if shape:
+            settings["model_name_or_path" if command == "sweep" else "config_name"] = shape
+        return plan_command(command, settings)

@@ -1,0 +1,150 @@
+"""Real text without a network: every machine with the dependencies has it.
+
+Pretraining text is the English of the docstrings of torch and transformers; the fine-tuning task is the grade-school
+word problems of the reasoning-gym package, with their worked solutions.
+"""
+
+import ast
+import importlib.util
+import itertools
+import multiprocessing
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ..runtime.fingerprint import seed_of
+from ..runtime.packages import require
+
+CORPUS_PACKAGES = ("torch", "transformers")
+SHORTEST_DOCSTRING = 200  # characters; shorter ones are mostly boilerplate
+HELD_OUT_SHARE = 0.04
+
+
+def load_corpus(text_file: str | None = None) -> tuple[list[str], list[str]]:
+    """Training and held-out documents; the split depends on each document alone, so it is the same on all machines.
+
+    Args:
+        text_file (`str`, *optional*): a text file with documents separated by blank lines, instead of docstrings.
+
+    Raises:
+        ValueError: if there is too little text to train on.
+    """
+    if text_file is not None:
+        documents = [part.strip() for part in re.split(r"\n\s*\n", Path(text_file).read_text(encoding="utf-8"))]
+    else:
+        files = [
+            path
+            for package in CORPUS_PACKAGES
+            for path in sorted(Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
+        ]
+        # Its workers end when this process does, also when it is killed; those of ProcessPoolExecutor wait forever.
+        with multiprocessing.Pool() as pool:
+            documents = list(itertools.chain.from_iterable(pool.map(docstrings, files, chunksize=64)))
+    documents = list(dict.fromkeys(document for document in documents if document))
+    held_out = [document for document in documents if _fraction(document) < HELD_OUT_SHARE]
+    train = [document for document in documents if _fraction(document) >= HELD_OUT_SHARE]
+    if len(held_out) < 8 or sum(map(len, train)) < 50_000:
+        raise ValueError(
+            f"The corpus has {sum(map(len, train)):,} characters to train on and {len(held_out)} held-out documents, "
+            f"{len(documents)} documents in all; it needs 50,000 characters and 8 held-out documents. Give --text_file "
+            "a larger text, with its documents separated by blank lines."
+        )
+    return train, held_out
+
+
+def docstrings(path: Path) -> list[str]:
+    """The long docstrings of one Python file."""
+    source = path.read_text(encoding="utf-8", errors="replace")
+    if '"""' not in source:
+        return []
+    try:
+        pending = [ast.parse(source)]
+    except SyntaxError:  # templates and test fixtures that are not meant to be imported
+        return []
+    found = []
+    while pending:
+        node = pending.pop()
+        text = ast.get_docstring(node)
+        if text and len(text) >= SHORTEST_DOCSTRING:
+            found.append(text)
+        pending.extend(
+            child for child in node.body if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        )
+    return found
+
+
+def _fraction(document: str) -> float:
+    return seed_of(document) / 2**56
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocab_size` entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def problem_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int, seed: int) -> list[dict[str, str]]:
+    """`count` word problems as `prompt` with a worked solution as `completion`, of at most `length` tokens together.
+
+    Problems that do not fit are left out and replaced by the next ones.
+
+    Raises:
+        ValueError: if too few problems fit.
+    """
+    require("reasoning_gym", "The word problems of the toy preset")
+    import reasoning_gym
+
+    texts = []
+    for problem in reasoning_gym.create_dataset("gsm_symbolic", size=4 * count, seed=seed):
+        text = {
+            "prompt": f"Question: {_one_line(problem['question'])}\nAnswer:",
+            "completion": f" {_one_line(problem['metadata']['answer_cot'])}",
+        }
+        if sum(len(tokenizer(part)["input_ids"]) for part in text.values()) + 1 <= length:
+            texts.append(text)
+        if len(texts) == count:
+            return texts
+    raise ValueError(
+        f"Only {len(texts)} of {4 * count} word problems fit into {length} tokens, and {count} are needed. "
+        "Raise the sequence length."
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def write_toy_data(
+    folder: Path, *, text_file: str | None, vocabulary: int, problems: int, problem_length: int, seed: int
+) -> None:
+    """Write `train.jsonl`, `held_out.jsonl`, `problems.jsonl` and the folder `tokenizer`.
+
+    Args:
+        folder (`Path`): made if need be.
+        text_file (`str`, *optional*): see [`load_corpus`].
+        vocabulary (`int`): see [`train_tokenizer`].
+        problems, problem_length, seed (`int`): see [`problem_texts`].
+
+    Raises:
+        ValueError: if there is too little text, or too few problems are short enough.
+    """
+    from datasets import Dataset
+
+    folder.mkdir(parents=True, exist_ok=True)
+    train, held_out = load_corpus(text_file)
+    tokenizer = train_tokenizer(train, vocabulary)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    Dataset.from_dict({"text": train}).to_json(folder / "train.jsonl")
+    Dataset.from_dict({"text": held_out}).to_json(folder / "held_out.jsonl")
+    Dataset.from_list(problem_texts(tokenizer, problems, problem_length, seed)).to_json(folder / "problems.jsonl")
