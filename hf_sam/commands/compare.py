@@ -10,13 +10,13 @@ from pathlib import Path
 from ..evaluation import EvaluationArguments, Results
 from ..evaluation.run import Evaluation
 from ..evaluation.settings import arguments_class
-from ..experiments.summary import summarize, summary_document
 from ..instruments.benchmarks import expand_tasks
 from ..report import write_comparison, write_report
+from ..report.summary import summarize, summary_document
 from ..runtime.config import ConfigParser, DryRunArguments
 from ..runtime.disk import write_json
 from ..runtime.distributed import join_processes, rank_and_world
-from ..runtime.run_record import FINISHED
+from ..runtime.run_record import FINISHED, read_finished
 from .evaluate import tell_failures
 from .launch import run_or_launch
 
@@ -58,8 +58,10 @@ def compare(argv: list[str]) -> int:
             tell_failures(record)
         results = [Results(record) for record in records]
         if len(results) > 1:
-            write_comparison([one.output for one in settings], output / "comparison")
-            summary = summarize(results)
+            # Not known of a base model that was trained elsewhere.
+            training = {one.name: read_finished(one.record["models"][0]["spec"]) for one in results}
+            write_comparison([one.output for one in settings], output / "comparison", training=training)
+            summary = summarize(results, training)
             write_json(output / "summary.json", summary)
             document = summary_document(summary)
             document.write(output / "summary")
@@ -98,11 +100,13 @@ def plan_text(settings: list[EvaluationArguments]) -> str:
     lines = []
     for one in settings:
         models = 1 + len(one.tuned)
-        losses = models * (1 + len(one.quantize)) * (len(one.data) + len(one.task_data))
+        variants = models * (1 + len(one.quantize))
+        losses = variants * (len(one.data) + len(one.task_data))
+        benchmarks = variants * len(expand_tasks(one.benchmarks))
         size = sum(path.stat().st_size for path in Path(one.base).glob("*.safetensors"))
         weights = f"{size / 2**30:.1f} GiB of weights, and as much again while rounding" if size else "weights"
         lines.append(
             f"{one.name}: {models} models, {losses} held-out losses of up to {one.max_documents} documents, "
-            f"{models * (1 + len(one.quantize)) * len(expand_tasks(one.benchmarks))} benchmark runs; {weights}, on one device."
+            f"{benchmarks} benchmark runs; {weights}, on one device."
         )
     return "\n".join(lines)

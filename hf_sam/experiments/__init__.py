@@ -3,6 +3,5 @@
 - `experiment`: a preset, a YAML file in `configs/presets` or your own, and its stages
 - `stages`: which stages are finished, and running one of them
 - `driver`: runs all that are not finished, side by side on the devices of a machine
-- `summary`: the comparison of the runs, as in the paper
 - `toy_data`: text and word problems for the preset `toy`, without a network
 """

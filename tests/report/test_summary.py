@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_sam.evaluation import Results
-from hf_sam.experiments.summary import summarize, summary_document
+from hf_sam.report.summary import summarize, summary_document
 from hf_sam.statistics import HeldOutLoss
 
 
@@ -55,4 +55,4 @@ def test_sweeps_without_a_task_loss_in_common_are_not_compared():
     other = results("other", base=3.0, quantized=3.1, sweep={1.5: 3.4, 1.0: 3.5})
     summary = summarize([one, other])
     assert "share no task loss" in summary["runs"]["other"]["fine-tuned"]["missing"]
-    assert "`other` at equal task loss: missing" in summary_document(summary).markdown()
+    assert "`other` against `one` at equal task loss: missing" in summary_document(summary).markdown()
