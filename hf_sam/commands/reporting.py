@@ -1,10 +1,10 @@
 """How commands report errors: a mistake of the user in one line and status 2, a bug with its traceback.
 
-One rule for the commands of `hf-sam` and for the recipes. An error is a mistake of the user if it is
+One rule for all commands of `hf-sam`. An error is a mistake of the user if it is
 
 1. a wrong command line ([`UsageError`]);
-2. a `ValueError`, `OSError`, `ImportError`, `FloatingPointError` or `MeasurementError` that hf-sam or the recipe
-   raises: its message is written for the user;
+2. a `ValueError`, `OSError`, `ImportError`, `FloatingPointError` or `MeasurementError` that hf-sam raises: its message
+   is written for the user;
 3. one of these types, raised by a `raise` statement of a host library before training begins. Within the training
    loop the same error is a bug: settings, model and data were fine;
 4. an `OSError` of the operating system before training begins, or at any time one that says that a file cannot be
@@ -17,11 +17,9 @@ statement, and so is a bug wherever it comes from. `HF_SAM_DEBUG=1` shows the tr
 import argparse
 import dis
 import errno
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from types import FrameType
 
 from ..runtime.errors import MeasurementError, UsageError, unknown_arguments
@@ -36,7 +34,7 @@ _HOSTS = {"transformers", "trl", "datasets", "accelerate", "peft", "huggingface_
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
-def run_command(prog: str, program: Callable[[], int], *, ours: Path | None = None, hosts: bool = True) -> int:
+def run_command(prog: str, program: Callable[[], int], *, hosts: bool = True) -> int:
     """Run a command, and report its errors as the rule of this module says.
 
     Under a launcher, the first process of each machine reports.
@@ -44,7 +42,6 @@ def run_command(prog: str, program: Callable[[], int], *, ours: Path | None = No
     Args:
         prog (`str`): what the line of an error begins with.
         program (`Callable[[], int]`): the command; returns the exit status.
-        ours (`Path`, *optional*): a folder of scripts whose errors count as those of hf-sam.
         hosts (`bool`, defaults to `True`): whether errors of host libraries and of the operating system may be
             mistakes; they are not where the command runs a script of the user's own.
 
@@ -59,7 +56,7 @@ def run_command(prog: str, program: Callable[[], int], *, ours: Path | None = No
             raise
         status, message = INTERRUPTED, "interrupted."
     except Exception as error:
-        if is_debugging() or not is_mistake(error, ours, hosts):
+        if is_debugging() or not is_mistake(error, hosts):
             raise
         status, message = MISTAKE, _message(error, prog)
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -67,23 +64,12 @@ def run_command(prog: str, program: Callable[[], int], *, ours: Path | None = No
     return status
 
 
-def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
-    """Decorator of the `main` of a script: reports its errors, and those of the modules in its folder, as `hf-sam`."""
-    file = Path(main.__code__.co_filename).resolve()
-
-    @functools.wraps(main)
-    def reported(argv: list[str] | None = None) -> int:
-        return run_command(file.name, lambda: main(argv), ours=file.parent)
-
-    return reported
-
-
 def is_debugging() -> bool:
     """Whether mistakes are shown with their traceback."""
     return os.environ.get(DEBUG, "0") not in ("", "0")
 
 
-def is_mistake(error: Exception, ours: Path | None = None, hosts: bool = True) -> bool:
+def is_mistake(error: Exception, hosts: bool = True) -> bool:
     """Whether an error that was caught is a mistake of the user; see the rule of this module."""
     if isinstance(error, UsageError) or _unused_arguments(error) is not None:
         return True
@@ -93,7 +79,7 @@ def is_mistake(error: Exception, ours: Path | None = None, hosts: bool = True) -
     innermost, instruction = frames[-1]
     package = innermost.f_globals.get("__name__", "").partition(".")[0]
     raised = dis.opname[innermost.f_code.co_code[instruction]] in ("RAISE_VARARGS", "RERAISE")
-    if raised and (package == _PACKAGE or ours in Path(innermost.f_code.co_filename).resolve().parents):
+    if raised and package == _PACKAGE:
         return True
     if not hosts:
         return False
