@@ -1,4 +1,4 @@
-"""What a finished evaluation may become when another one is asked for in its folder: more, but not something else."""
+"""Whether an evaluation may continue in the folder of a finished one: it may add to it, but not replace it."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +9,10 @@ from .results import Results
 
 
 def check_same_evaluation(folder: str | Path, now: dict) -> None:
-    """Check that a new record would hold all that the finished one in a folder holds.
+    """Check that a new record would contain everything of the finished one in a folder.
 
-    The same evaluation again, and one with more models, data or measures, is that. An evaluation that was interrupted
-    has left no record, and may become anything.
+    That is so for the same evaluation, also with more models, data or instruments. An interrupted evaluation has no
+    record, so any evaluation may use its folder.
 
     Args:
         folder (`str` or `Path`): output folder of the new evaluation.
@@ -36,7 +36,7 @@ def check_same_evaluation(folder: str | Path, now: dict) -> None:
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """What of the record `before` the record `now` leaves out, or measures otherwise, in words."""
+    """What the record `now` leaves out of the record `before` or measures differently, in words."""
     found = []
     if before["name"] != now["name"]:
         found.append(f"its name is {before['name']!r}, not {now['name']!r}")
@@ -80,5 +80,5 @@ def _changed_measures(before: dict, now: dict) -> list[str]:
 
 
 def _with_all_groups(settings: dict) -> dict:
-    """Settings of a record from before an instrument was registered select nothing of its group."""
+    """The settings of a record, with empty groups for instruments that were registered after it was written."""
     return {**{name: [] for name in groups()}, **settings}

@@ -1,4 +1,4 @@
-"""Models and data as an evaluation names them, checked before anything is measured."""
+"""Models and data of an evaluation, checked before anything is measured."""
 
 import dataclasses
 import os
@@ -10,7 +10,7 @@ from ..runtime.packages import require
 
 
 def with_distinct_names(sources: list[LocalModel]) -> list[LocalModel]:
-    """The same sources; where two would have one name, they are called by what they were named as.
+    """The models with distinct names: models with the same name are named by their specs.
 
     Raises:
         ValueError: if a model is named twice.
@@ -25,7 +25,7 @@ def with_distinct_names(sources: list[LocalModel]) -> list[LocalModel]:
 
 
 def check_same_shapes(base: LocalModel, tuned: LocalModel) -> None:
-    """Raises ValueError if the weights of two models have other names or shapes: nothing is between them then."""
+    """Raises ValueError if the weights of two models differ in name or shape, so that they cannot be interpolated."""
     first, second = base.shapes(), tuned.shapes()
     if not first or not second:  # not in safetensors; found out when they are loaded
         return

@@ -1,4 +1,4 @@
-"""The models of an evaluation: loaded when first asked for, in every variant that is measured, and let go."""
+"""The models of an evaluation, loaded on first use in each variant, and released."""
 
 import contextlib
 import gc
@@ -16,7 +16,7 @@ Variant = tuple[torch.nn.Module, Quantized | None]
 
 
 class Models:
-    """Keeps models until they are let go.
+    """Loads models and keeps them until they are released.
 
     Args:
         dtype (`torch.dtype`): in which they are loaded.
@@ -35,7 +35,7 @@ class Models:
         return self._loaded[source.name]
 
     def on_host(self, source: LocalModel) -> torch.nn.Module:
-        """The model where it takes no memory of the device, for its weights alone."""
+        """The model on the CPU, if only its weights are needed."""
         if self.device_map == {"": torch.device("cpu")}:
             return self.get(source)
         self._loaded.pop(source.name, None)
@@ -48,13 +48,13 @@ class Models:
 
     @contextlib.contextmanager
     def interpolated(self, base: LocalModel, source: LocalModel, alpha: float) -> Iterator[Variant]:
-        """Part of the way from the base to the model (Wise-FT)."""
+        """The interpolation between the base and the model (Wise-FT)."""
         with contextlib.closing(wise_ft(self.get(base), self.on_host(source), [alpha])) as sweep:
             yield next(sweep)[1], None
 
     @contextlib.contextmanager
     def quantized(self, source: LocalModel, scheme: str) -> Iterator[Variant]:
-        """The model in few bits."""
+        """The quantized model."""
         if is_rounding(scheme):
             self.release(but=source)
             with quantized(self.get(source), scheme) as variant:
@@ -65,14 +65,14 @@ class Models:
 
     @contextlib.contextmanager
     def kept_inside(self) -> Iterator[None]:
-        """Inside, models that were loaded stay; afterwards all are let go."""
+        """Context manager: keeps loaded models, and releases all at the end."""
         try:
             yield
         finally:
             self.release()
 
     def release(self, but: LocalModel | None = None) -> None:
-        """Let go of all models, or of all others."""
+        """Release all models, or all but one."""
         self._loaded = {name: model for name, model in self._loaded.items() if but is not None and name == but.name}
         gc.collect()
         if torch.cuda.is_available():

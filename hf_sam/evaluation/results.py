@@ -1,4 +1,4 @@
-"""The record of an evaluation, read."""
+"""Reading the record of an evaluation."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ class Results:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Results":
-        """Those that an evaluation left in a folder.
+        """The results of an evaluation in a folder.
 
         Raises:
             ValueError: if there are none, or they are not from this library.
@@ -57,7 +57,7 @@ class Results:
         ]
 
     def result(self, part: str, model: str) -> dict | None:
-        """Result of a part for a model; None if it could not be made."""
+        """Result of a part for a model; None if it was not measured or failed."""
         found = self.find(part, model)
         return found[0]["result"] if found else None
 
@@ -66,11 +66,11 @@ class Results:
         return {record["model"]: record["result"] for record in self.find(part)}
 
     def selected(self, group: str) -> list[str]:
-        """Names of the instruments of a group that were asked for."""
+        """Names of the selected instruments of a group."""
         return self.record["settings"].get(group) or []
 
     def readable(self, model: str, data: str) -> bool:
-        """Whether the loss of a model was to be measured: the base cannot read tokens that fine-tuning added."""
+        """Whether a model has embeddings for all tokens of a dataset; the base lacks those that fine-tuning added."""
         return bool(self.find("loss", model, "", data))
 
     def loss(self, model: str, data: str, variant: str = "") -> HeldOutLoss | None:
@@ -79,7 +79,7 @@ class Results:
         return HeldOutLoss.from_dict(found[0]) if found and found[0] is not None else None
 
     def benchmarks(self, model: str, variant: str = "") -> dict[str, BenchmarkResult]:
-        """Benchmark results of a model by task; none if none were asked for, or could be made."""
+        """Benchmark results of a model by task; empty if they were not measured or failed."""
         found = self.find("benchmarks", model, variant)
         if not found or found[0]["result"] is None:
             return {}

@@ -1,4 +1,4 @@
-"""Results on disk, a file for each part, so that an interrupted evaluation goes on where it was.
+"""Results on disk, one file per part, so that an interrupted evaluation can resume.
 
 A part is known by a hash of everything that it depends on: weights, tokens, settings and versions of packages.
 """
@@ -23,7 +23,7 @@ FAILURES = (MeasurementError, FloatingPointError, ValueError, MemoryError, torch
 
 
 class PartStore:
-    """Computes parts once, and keeps them in a folder.
+    """Computes each part once and stores it in a folder.
 
     Args:
         folder (`str` or `Path`): made if need be.
@@ -44,14 +44,14 @@ class PartStore:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, about: dict, depends: dict) -> bool:
-        """Whether a part is there already."""
+        """Whether a part is stored."""
         return broadcast(self._read(about, depends) is not None)
 
     def part(self, about: dict, depends: dict, compute: Callable[[], dict]) -> dict | None:
-        """The result of a part, computed unless it is there.
+        """The result of a part, computed unless it is stored.
 
-        A measure that cannot be made leaves a record with its error, and the rest is measured nevertheless. It is not
-        written to disk, so that a later run tries again.
+        If it fails, the record holds the error, and the evaluation continues. Errors are not written to disk, so that a
+        later run tries again.
 
         Args:
             about (`dict`): what it is, for the report: `part`, `model`, `variant`, `data`.

@@ -1,4 +1,4 @@
-"""Batches of held-out data, shared by the processes, and the inputs that a model takes of them."""
+"""Batches of held-out data, sharded over processes, and the inputs of a model."""
 
 import inspect
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from .documents import Batch, HeldOutData
 
 
 def batches_of(data, batch_size: int) -> Iterable[Batch]:
-    """Batches of whatever a measure accepts as data; may be iterated over more than once.
+    """Batches of any data that an instrument accepts; they can be iterated over more than once.
 
     Args:
         data ([`HeldOutData`], `torch.utils.data.DataLoader`, or rows with `input_ids`): see `HeldOutData`. A
@@ -57,7 +57,7 @@ def shared_batches(data, batch_size: int, description: str) -> Iterator[tuple[Ba
 
 
 class _LoaderBatches:
-    """A dataloader's batches as `Batch`es, with documents numbered in their order."""
+    """The batches of a dataloader as [`Batch`], with documents numbered in their order."""
 
     def __init__(self, loader: torch.utils.data.DataLoader):
         self.loader = loader
@@ -67,7 +67,7 @@ class _LoaderBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
-        # A new iterator draws a seed for its workers from the random stream, which belongs to the caller.
+        # A new iterator draws a seed for its workers from the global random stream, which must not change.
         generator = self.loader.generator
         state = (torch.get_rng_state(), None if generator is None else generator.get_state())
         iterator = iter(self.loader)
@@ -92,9 +92,9 @@ def _from_loader(inputs: dict, first: int) -> Batch:
     if "position_ids" in inputs:
         starts |= (inputs["position_ids"] == 0) & real
         if real.all():
-            # transformers keeps packed documents apart by their positions, but only where no mask is given.
+            # transformers separates packed documents by their positions only if there is no mask.
             inputs.pop("attention_mask", None)
-    # Numbered over all rows in reading order; padding belongs to no document that counts.
+    # Numbered over all rows in order; padding belongs to a document, but does not count.
     documents = (starts.flatten().cumsum(0) - 1).reshape(ids.shape).clamp(min=0) + first
     return Batch(inputs=inputs, labels=labels.masked_fill(starts, IGNORE_INDEX), documents=documents)
 

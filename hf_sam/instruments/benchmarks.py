@@ -36,7 +36,7 @@ OLMES_CORE_9 = (
 # As in OLMES.
 FEW_SHOT = 5
 
-# What a task is judged by, the first one that it reports.
+# A task is scored by the first of these metrics that it reports.
 _METRICS = ("acc_norm", "acc", "exact_match", "f1")
 
 
@@ -77,7 +77,7 @@ def run_benchmarks(
     include_path: str | Path | None = None,
     seed: int = 1234,
 ) -> dict[str, BenchmarkResult]:
-    """Run tasks of lm-evaluation-harness on a model in memory, quantized ones too.
+    """Run tasks of lm-evaluation-harness on a model in memory, also a quantized one.
 
     Under several processes each runs all of it, since the harness shares out only models that it loads itself, and all
     get the results of the first.
@@ -121,7 +121,7 @@ def run_benchmarks(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    # The harness keeps its results to the first process of a machine.
+    # The harness returns results on the first process of a machine only.
     results = broadcast(None if output is None else _results(output))
     if results is None:
         raise MeasurementError("The harness returned no results: is LOCAL_RANK set in a run of one process?")
@@ -129,7 +129,7 @@ def run_benchmarks(
 
 
 def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> list[str]:
-    """The names of the tasks, known to exist.
+    """Check that tasks exist; returns their names.
 
     Raises:
         ImportError: if the harness is missing.
@@ -169,7 +169,7 @@ def score_change(
 
 
 def load_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
-    """Fetch the data of the tasks, so that what is missing is told before the long work.
+    """Load the data of the tasks, so that missing data is reported before the long work.
 
     Raises:
         ValueError: if the data of a task cannot be loaded, or it has no metric that is known here.
@@ -192,7 +192,7 @@ def load_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
 
 
 def _flat(tasks: dict) -> dict:
-    """Tasks by name, out of their groups."""
+    """Tasks by name, without their groups."""
     flat = {}
     for name, task in tasks.items():
         flat |= _flat(task) if isinstance(task, dict) else {name: task}
@@ -200,7 +200,7 @@ def _flat(tasks: dict) -> dict:
 
 
 def _where(tasks: Sequence[str], include_path: str | Path | None) -> tuple[str | None, bool]:
-    """The folder of own tasks, and whether the harness's are needed, which take seconds to index."""
+    """The folder of the user's tasks, and whether tasks of the harness are needed, which take seconds to index."""
     folder = None if include_path is None else str(include_path)
     return folder, folder is None or not set(tasks) <= set(_manager(folder, False).all_tasks)
 

@@ -1,4 +1,4 @@
-"""The measures during training: callbacks for any [`~transformers.Trainer`].
+"""Instruments during training: callbacks for any [`~transformers.Trainer`].
 
 They measure at each evaluation of the host and at the end of training, log next to its metrics, and leave the run as it
 is: weights, gradients, random streams and modes are the same with and without them. What they measure can choose the
@@ -28,11 +28,11 @@ class _MeasuringCallback(TrainerCallback):
         values = self.measure()
         self._log(values)
         if metrics is not None:
-            # Under the names by which `metric_for_best_model` finds them.
+            # `metric_for_best_model` looks for names with this prefix.
             metrics.update({f"eval_{name}": value for name, value in values.items()})
 
     def on_train_end(self, args, state, control, **kwargs):
-        # The host has put other weights in place if it loaded the best model.
+        # `Trainer` has loaded other weights if it restored the best model.
         if state.global_step != self._measured_at or args.load_best_model_at_end:
             self._log(self.measure())
 
@@ -40,8 +40,7 @@ class _MeasuringCallback(TrainerCallback):
         raise NotImplementedError
 
     def _log(self, values: dict[str, float]):
-        # Trainers that override `log` join the averages of their own metrics to whatever is logged next, which
-        # must be their own entry.
+        # Trainers that override `log` add their own averaged metrics to the next entry, which must not be this one.
         Trainer.log(self.trainer, values)
 
 
@@ -79,7 +78,7 @@ class ForgettingCallback(_MeasuringCallback):
             self._log(dict(self._before))
 
     def measure(self) -> dict[str, float]:
-        """Held-out loss and forgetting by name; forgetting is missing before training began."""
+        """Held-out loss and forgetting by name; no forgetting before training begins."""
         values = {}
         for prefix, data in self.data.items():
             values[f"{prefix}/held_out_loss"] = loss = self._loss(data)

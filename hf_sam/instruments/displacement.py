@@ -1,6 +1,6 @@
-"""Weights moved aside and put back bit for bit: the ground of every measure that looks around a minimum.
+"""Move the weights of a model and restore them bitwise, for instruments that look around a minimum.
 
-One copy of the moved weights is kept, however many displacements are tried, and copied back into the same storage.
+One copy of the moved weights is kept, and copied back into the same storage.
 """
 
 import re
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..runtime.fingerprint import seed_of
 from ..runtime.sharding import check_at_hand, compute_dtype, local_piece, piece_of, reshard
 
-# Noise is drawn this many numbers at a time, so that it takes no memory to speak of.
+# Noise is drawn in pieces of this many numbers, to save memory.
 _CHUNK = 1 << 20
 
 # A model, or its weights by name.
@@ -22,7 +22,7 @@ Weights = torch.nn.Module | Mapping[str, torch.Tensor]
 def floating_parameters(
     model: torch.nn.Module, pattern: str | None, what: str, *, trainable: bool = False
 ) -> dict[str, torch.nn.Parameter]:
-    """Parameters by name, without duplicates, that match `pattern`; without one, all, or all that are trainable.
+    """Parameters by name, without duplicates, that match `pattern`; all (trainable) ones without a pattern.
 
     Raises:
         ValueError: if there are none, or some are quantized, or out of reach.
@@ -53,12 +53,12 @@ def floating_parameters(
 
 
 def transposed_weights(model: torch.nn.Module) -> set[str]:
-    """Names of the weights that are stored as `(inputs, outputs)`: those of GPT-2's kind of linear layer."""
+    """Names of the weights that are stored as `(inputs, outputs)`, as in the `Conv1D` layers of GPT-2."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 def difference(end: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """end - weight, where and how `weight` is stored."""
+    """end - weight, on the device and in the dtype of `weight`."""
     return end.to(weight) - weight.detach()
 
 
@@ -83,7 +83,7 @@ def weights_like(other: Weights, params: dict[str, torch.nn.Parameter]) -> dict[
 
 
 class Displacement:
-    """Context in which weights are moved any number of times, and put back at its end, also after errors.
+    """Context manager within which weights can be moved; restores them at its end, also after errors.
 
     Args:
         model (`torch.nn.Module`): the model whose weights are moved.
@@ -104,7 +104,7 @@ class Displacement:
 
     @torch.no_grad()
     def move(self, place: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-        """Set each weight to `place(name, w)`, of the shape of w (of the shard); one of them at a time is in memory."""
+        """Set each weight to `place(name, w)`, which has the shape of w (of this rank's shard)."""
         for name, param in self.params.items():
             local_piece(param).copy_(place(name, self.origin[name]))
         reshard(self.model)
@@ -126,14 +126,14 @@ class Displacement:
         try:
             self.back()
         except BaseException:
-            self.back()  # interrupted once more: half of the weights must not stay behind
+            self.back()  # a second interrupt must not leave some weights moved
             raise
         finally:
             self.origin = {}
 
 
 class GaussianNoise:
-    """Independent Gaussian noise that depends on its seed, the names of the weights, and the kind of device.
+    """Independent Gaussian noise that depends only on its seed, the names of the weights, and the device type.
 
     So it is the same for all batches, and a sharded model gets the noise that the whole one would get.
 
@@ -153,7 +153,7 @@ class GaussianNoise:
         return self.deviations if isinstance(self.deviations, float) else self.deviations.get(name, 0.0)
 
     def chunks(self, name: str, device: torch.device, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The noise of one whole weight tensor in reading order, as flat pieces of at most `_CHUNK` numbers."""
+        """The noise of one whole weight tensor, flattened, in pieces of at most `_CHUNK` numbers."""
         generator = torch.Generator(device=device).manual_seed(seed_of(f"hf-sam noise {self.seed} {name}"))
         left, deviation = self.params[name].numel(), self.deviation(name)
         while left:

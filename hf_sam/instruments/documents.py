@@ -1,7 +1,7 @@
-"""Held-out documents as batches that know which document each token belongs to.
+"""Held-out documents as batches that record the document of each token.
 
-A measure sums over tokens, and reports by document; how documents are cut, padded, packed and spread over processes
-must not show in its result.
+Instruments sum over tokens and report by document. Their results do not depend on how documents are cut, padded, packed
+and sharded.
 """
 
 import copy
@@ -18,7 +18,7 @@ from ..runtime.labels import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is called with, and what it should have said.
+    """Inputs of a model, and the tokens that it should predict.
 
     Attributes:
         inputs (`dict[str, torch.Tensor]`): arguments of the model's forward pass, without labels.
@@ -34,7 +34,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Row:
-    """A document, or a piece of one: the token `input_ids[i]` counts where `labels[i]` is not -100."""
+    """A document, or a piece of one; the token `input_ids[i]` counts if `labels[i]` is not -100."""
 
     input_ids: list[int]
     labels: list[int]
@@ -135,7 +135,7 @@ class HeldOutData:
 
     @property
     def largest_token(self) -> int:
-        """The largest number of a token; the model must have more embeddings."""
+        """The largest token id; the model must have more embeddings."""
         return max(max(row.input_ids) for row in self.rows)
 
     def fingerprint(self) -> str:
@@ -144,7 +144,7 @@ class HeldOutData:
         return fingerprint(b"".join(np.asarray(part, dtype=np.int64).tobytes() + b";" for part in numbers))
 
     def batches(self, batch_size: int = 8, padding_side: str = "right") -> list["Batch"]:
-        """All rows in batches of similar length, the longest first, so that a lack of memory shows at once."""
+        """All rows in batches of similar length, the longest first, so that out-of-memory errors come early."""
         order = sorted(range(len(self.rows)), key=lambda i: -len(self.rows[i].input_ids))
         return [
             self._padded([self.rows[i] for i in order[start : start + batch_size]], padding_side)
@@ -169,7 +169,7 @@ class HeldOutData:
 
 
 def islice_rows(dataset, max_documents: int | None) -> Sequence:
-    """The first rows of a dataset, which is read as a stream if it is one.
+    """The first rows of a dataset or of a stream.
 
     Raises:
         ValueError: for a stream without `max_documents`.
@@ -200,7 +200,7 @@ def _tokenized(tokenizer, texts: list[str]) -> list[dict]:
 
 
 def _chat(tokenizer, messages) -> dict:
-    """One conversation; only what the assistant says counts, if the template marks it."""
+    """One conversation; if the template marks the turns of the assistant, only they count."""
     if not tokenizer.chat_template:
         raise ValueError("The tokenizer has no chat template to turn 'messages' into text with.")
     marked = "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template
@@ -234,7 +234,7 @@ def _unpadded(row) -> tuple[list[int], list[int]]:
 
 
 def _unpacked(row, ids: list[int], labels: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """The documents of a row: those of a packed one are told by `seq_lengths` (TRL) or by `position_ids`."""
+    """The documents of a row; `seq_lengths` (TRL) or `position_ids` mark those of a packed row."""
     starts = [0]
     if row.get("seq_lengths") is not None:
         starts = [0, *np.cumsum(np.asarray(row["seq_lengths"])).tolist()[:-1]]

@@ -1,4 +1,4 @@
-"""Gradients of the held-out loss, without a trace in the model."""
+"""Gradients of the held-out loss that leave the `.grad` of the model unchanged."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from .loss import count_tokens, summed_loss
 def loss_gradient(
     model: torch.nn.Module, params: dict[str, torch.nn.Parameter], data, batch_size: int
 ) -> dict[str, torch.Tensor]:
-    """Gradient of the loss per token over all of the data and processes; the model's own `.grad` stay as they are."""
+    """Gradient of the loss per token over all data and processes; `.grad` of the model does not change."""
     tokens = count_tokens(data, batch_size)
     with only_trainable(model, params):
         for batch, counts in shared_batches(data, batch_size, "gradient"):
             if counts:
                 (summed_loss(model, batch) / tokens).backward()
-        # Summed in place and taken from the parameters one by one: there is never a second copy.
+        # Moved out of the parameters one by one, so that there is never a second copy.
         gradient = {}
         for name, param in params.items():
             value, param.grad = param.grad, None
@@ -29,7 +29,7 @@ def loss_gradient(
 
 @contextlib.contextmanager
 def only_trainable(model: torch.nn.Module, params: dict[str, torch.nn.Parameter]) -> Iterator[None]:
-    """Inside, exactly `params` require gradients, and have none; afterwards all is as before.
+    """Context manager: exactly `params` require gradients, and have none; restored at the end.
 
     Raises:
         ValueError: if an optimizer steps in the backward pass, which would change the weights.

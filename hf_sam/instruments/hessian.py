@@ -98,7 +98,7 @@ class Hessian:
         self._stack.close()
 
     def __matmul__(self, vector: torch.Tensor) -> torch.Tensor:
-        """H v; both of shape `(size,)`, the parameters one after the other."""
+        """H v; both have shape `(size,)`, all parameters concatenated."""
         self.products += 1
         params = list(self.params.values())
         pieces = self.split(vector)
@@ -128,7 +128,7 @@ class Hessian:
         return all_reduce_sum(result)
 
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """A vector in the shapes of the parameters."""
+        """Split a vector into the shapes of the parameters."""
         sizes = [param.numel() for param in self.params.values()]
         pieces = zip(vector.split(sizes), self.params.values(), strict=True)
         return [piece.view_as(param) for piece, param in pieces]
@@ -229,7 +229,7 @@ def _trace(hessian: Hessian, values, vectors: torch.Tensor, probes: int, seed: i
 
 
 def _power(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[np.ndarray, torch.Tensor, list[float]]:
-    """Eigenvalues by power iteration on the device, where there is no memory for Lanczos: two vectors and those found.
+    """Eigenvalues by power iteration on the device, if there is no memory for Lanczos.
 
     It finds what is largest in size. Where that is negative, the spectrum is shifted up by it, so that what is found
     next is the algebraically largest.
@@ -247,7 +247,7 @@ def _power(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[n
             product = hessian @ vector
             value = (vector @ product).item()
             residual = (product - value * vector).norm().item()
-            # What is left of those found before is not this one's to get rid of.
+            # Without the components along eigenvectors that were found before.
             rest = product - vectors @ (vectors.T @ product)
             if (rest - value * vector).norm().item() <= tolerance * max(abs(value), shift):
                 break
@@ -269,7 +269,7 @@ def _power(hessian: Hessian, count: int, tolerance: float, seed: int) -> tuple[n
 
 
 def _fits(needed: int) -> bool:
-    """Whether the host has that much memory for each process; the same answer on all."""
+    """Whether the host has that much free memory for each process; the same on all ranks."""
     needed *= rank_and_world()[1]  # most often on one host
     return not all_reduce_max(int(needed > psutil.virtual_memory().available))
 

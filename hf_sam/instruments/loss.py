@@ -1,7 +1,7 @@
-"""Held-out loss in nats per token, by document, and forgetting: how much it grew.
+"""Held-out loss in nats per token, by document.
 
-The loss is the sum over all tokens divided by their number, whatever the batches, the padding and the processes; a mean
-of batch means would weigh tokens by the length of their neighbours.
+The loss is the sum over all tokens divided by their number, for any batches, padding and number of processes. A mean of
+batch means would weight tokens by the length of the other rows in their batch.
 """
 
 import numpy as np
@@ -16,14 +16,14 @@ from .documents import Batch, HeldOutData
 from .measuring import device_of, logits_of, measuring
 from .registry import Instrument, register
 
-# Logits are turned into fp32 (and for the KL divergence fp64) this many at a time.
+# Logits are converted to fp32 (for the KL divergence to fp64) in pieces of this size.
 CHUNK_LOGITS = 1 << 25
 
 
 def held_out_loss(model: torch.nn.Module, data, *, batch_size: int = 8) -> HeldOutLoss:
     """The loss of a causal language model on held-out documents.
 
-    Under several processes the batches are shared out, and all of them get the whole result.
+    Several processes share the batches, and each gets the whole result.
 
     Args:
         model (`torch.nn.Module`): returns logits of shape `(rows, length, vocabulary)`; may be wrapped (DDP), sharded
@@ -49,14 +49,14 @@ def held_out_loss(model: torch.nn.Module, data, *, batch_size: int = 8) -> HeldO
 
 
 class TokenSums:
-    """Sums of a number per token by document, over all processes."""
+    """Sums by document of one number per token, over all processes."""
 
     def __init__(self):
         self._sums = np.zeros(0)
         self._counts = np.zeros(0, dtype=np.int64)
 
     def add(self, batch: Batch, values: torch.Tensor, counts: bool = True) -> None:
-        """Add one number for each counted token of a batch, in their order; `counts=False` adds nothing."""
+        """Add one number for each counted token of a batch, in order; `counts=False` adds nothing."""
         self._reach(int(batch.documents.max()) + 1)
         if counts:
             documents = batch.documents[:, 1:][batch.labels[:, 1:] != IGNORE_INDEX].cpu().numpy()
@@ -109,7 +109,7 @@ def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def count_tokens(data, batch_size: int) -> int:
-    """Number of tokens that count, in all of the data.
+    """Number of counted tokens in the data.
 
     Raises:
         ValueError: if there are none.

@@ -1,4 +1,4 @@
-"""The state in which a model is measured, and its return to the state it was in."""
+"""Put a model into the state in which it is measured, and back."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from ..step.replay import RandomState
 
 @contextlib.contextmanager
 def measuring(model: torch.nn.Module, *, exact: bool = False) -> Iterator[torch.nn.Module]:
-    """Inside, the model is in evaluation mode; afterwards its modes and all random streams are as before.
+    """Context manager: the model is in evaluation mode; modes and random streams are restored at the end.
 
     Args:
         model (`torch.nn.Module`): the model, also as accelerate prepared it.
@@ -23,7 +23,7 @@ def measuring(model: torch.nn.Module, *, exact: bool = False) -> Iterator[torch.
     Yields:
         `torch.nn.Module`: the model without the containers that only matter in a backward pass (DDP, DeepSpeed).
     """
-    # Compiled graphs would be compiled again for every shape, and hide what accelerate wraps.
+    # Compiled graphs would be recompiled for every shape, and hide the wrapper of accelerate.
     inner = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
     reshard(inner)  # FSDP2 may have left gathered weights in place of its shards
     modes = [(module, module.training) for module in inner.modules()]
@@ -50,7 +50,7 @@ def measuring(model: torch.nn.Module, *, exact: bool = False) -> Iterator[torch.
 
 @contextlib.contextmanager
 def _full_fp32() -> Iterator[None]:
-    """Inside, matrix products of fp32 numbers are in fp32: TF32 and bf16 have the spacing of the noise, or more."""
+    """Context manager: matrix products of fp32 numbers in fp32, because TF32 and bf16 round away small noise."""
     backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -74,7 +74,7 @@ def _check_attention(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def differentiable_twice(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, second derivatives can be taken, with the gradient checkpointing that the model is set to.
+    """Context manager: allows second derivatives, with the gradient checkpointing of the model.
 
     Fused attention has no second derivative, so the plain one computes. Checkpointing acts in training mode only; the
     layers that do it are put in that mode, but not the modules in them, so that there is no dropout.
@@ -97,12 +97,12 @@ def differentiable_twice(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _drops_out(module: torch.nn.Module) -> bool:
-    """Whether the module itself calls the functional dropout in training mode."""
+    """Whether the module itself calls functional dropout in training mode."""
     return any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Where the inputs of the model have to be."""
+    """The device of the inputs of the model."""
     return next(param.device for param in model.parameters())
 
 

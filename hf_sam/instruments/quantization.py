@@ -1,4 +1,4 @@
-"""What few bits cost: bitsandbytes' NF4, FP4 and INT8, plain group-wise rounding, and proof that it happened.
+"""Quantization damage: NF4, FP4 and INT8 of bitsandbytes, and group-wise rounding, each with a proof.
 
 A model that silently stayed in full precision shows no damage at all, so every path ends in a check of layer types,
 data types and bytes.
@@ -32,7 +32,7 @@ SCHEMES = ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "rtn4", "rtn3")
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a quantized model is made of.
+    """What was quantized in a model.
 
     Attributes:
         scheme (`str`): one of `SCHEMES`.
@@ -113,7 +113,7 @@ def quantization_damage(
 
 @contextlib.contextmanager
 def quantized(model: torch.nn.Module, scheme: str) -> Iterator[tuple[torch.nn.Module, Quantized]]:
-    """A quantized version of a model in memory, for as long as the context lasts.
+    """Context manager: a quantized version of a model in memory.
 
     bitsandbytes quantizes while it loads, so the model is saved to a temporary folder and loaded from it; rounding to
     nearest happens in the model itself, which gets its weights back at the end.
@@ -193,7 +193,7 @@ def load_source_quantized(
 
 
 def _compute_in_fp32(model: torch.nn.Module) -> None:
-    """Turn off bitsandbytes' fast path on CPUs with AVX-512, which computes in bf16 whatever it is asked for.
+    """Turn off the fast path of bitsandbytes on CPUs with AVX-512, which always computes in bf16.
 
     Its rounding of activations is as large as what the rounding of weights does, and depends on the machine.
     """
@@ -203,7 +203,7 @@ def _compute_in_fp32(model: torch.nn.Module) -> None:
 
 
 def is_rounding(scheme: str) -> bool:
-    """Whether a scheme is plain rounding of a loaded model; the others are bitsandbytes' and happen while loading."""
+    """Whether a scheme rounds a loaded model; bitsandbytes applies the others while loading."""
     return scheme.startswith("rtn")
 
 
@@ -214,7 +214,7 @@ def check_scheme(scheme: str) -> None:
 
 
 def check_quantized(model: torch.nn.Module, scheme: str) -> Quantized:
-    """Say what bitsandbytes quantized in a model.
+    """Check what bitsandbytes quantized in a model.
 
     Raises:
         MeasurementError: if it is nothing, or not all linear layers (but the output layer), or by another scheme.
@@ -261,7 +261,7 @@ def check_quantized(model: torch.nn.Module, scheme: str) -> Quantized:
 
 
 def quantizable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Weights that rounding to nearest quantizes: all matrices, also stacks of them (experts), but embeddings."""
+    """Weights that rounding to nearest quantizes: all matrices and stacks of matrices (experts) except embeddings."""
     heads = _embeddings(model)
     seen = set()
     for module in model.modules():
@@ -339,12 +339,12 @@ def saved(model: torch.nn.Module) -> Iterator[Path]:
 
 
 def _embeddings(model: torch.nn.Module) -> set[int]:
-    """Identities of the modules that stay in full precision: input and output embeddings."""
+    """Ids of the modules that stay in full precision: input and output embeddings."""
     found = set()
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(NotImplementedError, AttributeError):
             found.add(id(getattr(model, getter)()))
-    # Classification heads and the like, as transformers' own rule has it: the last linear layer if there is no other.
+    # As in transformers: without output embeddings, the last linear layer, e.g. a classification head.
     if model.get_output_embeddings() is None if hasattr(model, "get_output_embeddings") else True:
         linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
         found.update(id(module) for module in linears[-1:])

@@ -1,4 +1,4 @@
-"""Comparing evaluations: the first is the reference, e.g. AdamW, the others are set against it, e.g. SAM."""
+"""Comparison of evaluations, e.g. of AdamW (the first one, the reference) and SAM."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,8 +54,8 @@ def comparison_report(
         _check_comparable(reference, other)
     document = Document("Comparison: " + ", ".join(names))
     document.text(
-        f"`{reference.name}` is the reference. What was lost and where it ended are both shown: a model that loses "
-        "less may still end worse."
+        f"`{reference.name}` is the reference. The tables show both what was lost and the final loss, because a model "
+        "that loses less may still end worse."
     )
     _bases(document, results)
     add_summary(document, summarize(results, training))

@@ -1,4 +1,4 @@
-"""A report as a list of blocks, written as Markdown with pictures beside it, or as one HTML file with them inside."""
+"""A report as a list of blocks, rendered as Markdown with picture files, or as one self-contained HTML file."""
 
 import base64
 import html
@@ -17,7 +17,7 @@ img { max-width: 100%; } figcaption { color: #555; } code { background: #f3f3f3;
 
 
 class Document:
-    """A report under construction.
+    """A report to which sections, text, tables and pictures are added.
 
     Args:
         title (`str`): its first heading.
@@ -41,7 +41,7 @@ class Document:
             self._blocks.append(("table", header, rows))
 
     def figure(self, name: str, png: bytes, caption: str) -> None:
-        """A picture; `name` is that of its file beside the Markdown, with a number if there is one of that name."""
+        """A picture; `name` is that of its file, to which a number is added if it is taken."""
         name = re.sub(r"[^\w-]+", "_", name)
         taken = {content[0] for kind, *content in self._blocks if kind == "figure"}
         free = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
@@ -60,7 +60,7 @@ class Document:
         return markdown, page
 
     def markdown(self) -> str:
-        """The report as Markdown, which refers to pictures in its folder."""
+        """The report as Markdown with links to picture files."""
         parts = [f"# {self.title}"]
         for kind, *content in self._blocks:
             if kind == "heading":

@@ -1,6 +1,6 @@
 """The report of one evaluation. Everything comes from `results.json`.
 
-Every comparison shows what was lost, and where it ended: a model that had less to lose may well end worse.
+Comparisons show both what was lost and the final loss, because a model that loses less may still end worse.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def evaluation_report(results: Results) -> Document:
 
 
 def setup(document: Document, results: Results) -> None:
-    """What was measured on what, with which versions."""
+    """Models, data, versions and hardware."""
     environment = dict(results.record["environment"])
     command = " ".join(environment.pop("command"))
     document.text(f"{results.record['created']}, by `{command}`.")
@@ -82,7 +82,7 @@ def interpolations(document: Document, results: Results) -> None:
     alphas = results.record["settings"]["wise_ft"]
     if not alphas or not results.tuned:
         return
-    document.heading("Wise-FT: part of the way from base to tuned model")
+    document.heading("Wise-FT: interpolation between base and tuned model")
     document.text("Loss, and in brackets its change against the base with the 95% bootstrap interval.")
     sets = (*results.old, *results.tasks)
     rows = []
@@ -186,7 +186,7 @@ def _cells(chosen: list[Instrument], found: dict[str, dict], model: str) -> list
 
 
 def failures(document: Document, results: Results) -> None:
-    """What could not be measured."""
+    """Parts that failed."""
     failed = [record for record in results.record["parts"] if record.get("error")]
     if failed:
         document.heading("Missing")
@@ -201,7 +201,7 @@ def loss_text(loss: HeldOutLoss | None) -> str:
 
 
 def change_text(before: HeldOutLoss | None, after: HeldOutLoss | None) -> str:
-    """How much a loss grew, with its interval, for a table."""
+    """The growth of a loss with its interval, for a table."""
     return MISSING if before is None or after is None else str(forgetting(before, after))
 
 

@@ -1,4 +1,4 @@
-"""What is inferred from measured losses: intervals, forgetting, learning against forgetting. NumPy only."""
+"""Statistics of measured losses: intervals, forgetting, and learning against forgetting. Needs NumPy only."""
 
 from .estimate import Estimate
 from .frontier import (

@@ -1,6 +1,6 @@
-"""A number with its interval, by the bootstrap over documents.
+"""Estimates with bootstrap intervals over documents (Efron 1979; percentile interval).
 
-Tokens of one document are not independent, so documents are what is drawn again (Efron 1979; percentile interval).
+The bootstrap resamples documents, because the tokens of a document are not independent.
 """
 
 import math
@@ -15,7 +15,7 @@ _AT_ONCE = 50
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the interval that holds it with probability `confidence`.
+    """A value and its confidence interval.
 
     Attributes:
         value (`float`): the estimate from all documents.
@@ -37,7 +37,7 @@ class Estimate:
 
 
 def resampled_sums(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums over as many documents as there are, drawn with replacement, the same ones for all columns.
+    """Sums over resampled documents, drawn with replacement; the same documents for all columns.
 
     Args:
         values (`np.ndarray`): shape `(documents, columns)`.
@@ -58,7 +58,7 @@ def resampled_sums(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
 
 
 def interval(value: float, resampled: np.ndarray, confidence: float, documents: int) -> Estimate:
-    """The percentile interval of `resampled` values around `value`; nan if there is but one document to draw.
+    """The percentile interval of `resampled` values around `value`; nan for a single document.
 
     Raises:
         ValueError: if `confidence` is not between 0 and 1.

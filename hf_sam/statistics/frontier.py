@@ -1,7 +1,7 @@
 """The learning-forgetting tradeoff over a sweep of fine-tuning runs (arXiv 2605.02105, arXiv 2503.19206).
 
-A method that learns less also forgets less, so methods are compared at equal fine-tuning loss, interpolated between
-the runs of a sweep, and nowhere outside of what was measured.
+A method that learns less also forgets less. Methods are therefore compared at equal fine-tuning loss, interpolated
+between the runs of a sweep and never extrapolated.
 """
 
 from collections.abc import Sequence
@@ -134,8 +134,8 @@ def forgetting_reduction(
 ) -> Reduction:
     """Reduction of forgetting at matched fine-tuning loss (arXiv 2605.02105), with its interval.
 
-    The interval comes from drawing the documents again, those of the old data and of the task apart, and the same ones
-    for all runs of both sweeps. It does not hold what another training seed would change.
+    The interval comes from resampling documents, separately for the old data and the task, and the same ones for all
+    runs of both sweeps. It does not include the variation between training seeds.
 
     Args:
         reference, method (`Sequence[TunedRun]`): the two sweeps, measured on the same data.
@@ -199,7 +199,7 @@ def _resampled(runs: Sequence[TunedRun], resamples: int, seed: int) -> np.ndarra
 
 @dataclass(frozen=True)
 class InflectionPoint:
-    """Where more pretraining begins to make the tuned model worse.
+    """The pretraining budget from which on more pretraining makes the tuned model worse.
 
     Attributes:
         budget (`float`): pretraining budget of the best checkpoint, in the unit that was given.
@@ -225,7 +225,7 @@ def inflection_point(checkpoints: Sequence[tuple[float, float]], *, noise: float
         [`InflectionPoint`] or `None`: `None` where more pretraining never made it worse.
 
     Raises:
-        ValueError: for fewer than three budgets, from which no turn can be told.
+        ValueError: for fewer than three budgets, which cannot show a turning point.
     """
     best: dict[float, float] = {}
     for budget, loss in checkpoints:

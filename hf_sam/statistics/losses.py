@@ -1,4 +1,4 @@
-"""Losses of documents in nats, and forgetting: how much they grew."""
+"""Losses by document in nats, and forgetting, their growth."""
 
 import math
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class HeldOutLoss:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is beyond the largest float."""
+        """exp(loss); infinite if it exceeds the largest float."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
     def interval(self, confidence: float = 0.95, resamples: int = 1000, seed: int = 0) -> Estimate:
