@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 
 from .step.replay import Snapshot, World, reach, reach_class
 from .step.replay.kinds import IMMUTABLE_TYPES, attributes
-from .step.replay.modules import add_tree
+from .step.replay.modules import add_module
 from .step.replay.tensors import TensorContents
 
 logger = get_logger(__name__)
@@ -49,14 +49,14 @@ class TrainerWorld(World):
         self._watched: dict[str, Any] | None = {}
         super().__init__(model)
 
-    def found(self, functions: list[Callable]) -> list[tuple[str, Any]]:
+    def reachable(self, functions: list[Callable]) -> list[tuple[str, Any]]:
         return reached_by(self._trainer)
 
     def add_records(self, snapshot: Snapshot) -> None:
         add_records(self._trainer, self._recorded, snapshot)
 
-    def learn(self) -> None:
-        super().learn()
+    def end_ascent(self) -> None:
+        super().end_ascent()
         for name in self._recorded:
             if name not in self._known and not hasattr(self._trainer, name):
                 near = difflib.get_close_matches(name, vars(self._trainer), n=1)
@@ -116,7 +116,7 @@ def add_records(owner: Any, names: tuple[str, ...], snapshot: Snapshot) -> None:
     """
     present = {name: getattr(owner, name) for name in names if hasattr(owner, name)}
     for name, value in present.items():
-        if not snapshot.add(value, named=True):
+        if not snapshot.add(value, explicit=True):
             raise ValueError(
                 f"sam_recorded names {name!r}, a {type(value).__name__}, whose state cannot be put back after the "
                 "second pass of SAM. Keep numbers, containers, arrays, tensors, modules, or objects with attributes "
@@ -133,14 +133,14 @@ def add_records(owner: Any, names: tuple[str, ...], snapshot: Snapshot) -> None:
 
 
 @contextlib.contextmanager
-def appended_taken_back(owner: Any, names: tuple[str, ...]) -> Iterator[None]:
+def discard_appended(owner: Any, names: tuple[str, ...]) -> Iterator[None]:
     """Around a micro-batch that is computed at the perturbed weights only.
 
     Counters of `owner` advance, but what is appended to its records belongs to the perturbed weights, and goes again.
     """
-    snapshot = Snapshot(TensorContents(), add_tree)
+    snapshot = Snapshot(TensorContents(), add_module)
     add_records(owner, names, snapshot)
     try:
         yield
     finally:
-        snapshot.take_back()
+        snapshot.remove_added()

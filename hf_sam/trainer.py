@@ -14,11 +14,11 @@ from .arguments import SAMArguments
 from .configs import turn_into_sam
 from .history import SAMHistory
 from .model_card import describe_in_model_card
-from .records import TrainerWorld, appended_taken_back, reached_by
+from .records import TrainerWorld, discard_appended, reached_by
 from .schedule import SAMWindow, annealing_kwargs, extra_passes
 from .step.backends import check_supported, has_own_scheduler
-from .step.parameters import check_perturbable, keep_adapters_exact, select_names, trainable_parameters
-from .step.replay import muted, parameters_reached
+from .step.parameters import check_perturbable, keep_adapters_in_fp32, select_names, trainable_parameters
+from .step.replay import disable_method, parameters_reached
 from .step.replay.reach import code_names
 from .step.sam_step import SAMStep
 
@@ -106,7 +106,7 @@ class SAMMixin:
         self._check_arguments(self.args)
         self.args.claim_for_sam()
         if self.args.sam_rho > 0:
-            keep_adapters_exact(self.model)
+            keep_adapters_in_fp32(self.model)
         self.add_callback(SAMHistory())
         self._sam: SAMStep | None = None
         self._sam_inside = False
@@ -181,9 +181,9 @@ class SAMMixin:
             replayed (`bool`): whether the same micro-batch was computed, and recorded, at the unperturbed weights.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(muted(self, "log"))
+            stack.enter_context(disable_method(self, "log"))
             if not replayed:
-                stack.enter_context(appended_taken_back(self, self.sam_recorded))
+                stack.enter_context(discard_appended(self, self.sam_recorded))
             yield
 
     def _sam_acts(self) -> bool:
@@ -218,7 +218,7 @@ class SAMMixin:
                 ),
             )
             self._check_substeps()
-            if self._sam.backend.has_coarse_weights():
+            if self._sam.backend.has_low_precision_weights():
                 self._warn_once(
                     "coarse weights",
                     "SAM perturbs 16-bit weights that have no fp32 copy. Stochastic rounding keeps the perturbation "

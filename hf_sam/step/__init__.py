@@ -1,4 +1,4 @@
-"""The two passes of a SAM step, and nothing else."""
+"""The SAM step: two forward-backward passes per optimizer step, for any training loop."""
 
 from .sam_step import SAMStep
 

@@ -1,4 +1,4 @@
-"""The loss scale of fp16 training, seen where it is applied: loops may have a `GradScaler` of their own."""
+"""Find the fp16 loss scale in use. A training loop may use its own `GradScaler`, so its calls are recorded."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,17 +7,17 @@ import torch
 
 
 @contextlib.contextmanager
-def scalers_used() -> Iterator[list[torch.amp.GradScaler]]:
-    """Inside, the yielded list takes in each scaler that scales a loss."""
+def record_scalers() -> Iterator[list[torch.amp.GradScaler]]:
+    """Inside the context, each scaler that scales a loss is appended to the yielded list."""
     used: list[torch.amp.GradScaler] = []
     scale = torch.amp.GradScaler.scale
 
-    def observed(self, outputs):
+    def recording_scale(self, outputs):
         if self.is_enabled() and not any(scaler is self for scaler in used):
             used.append(self)
         return scale(self, outputs)
 
-    torch.amp.GradScaler.scale = observed
+    torch.amp.GradScaler.scale = recording_scale
     try:
         yield used
     finally:

@@ -1,4 +1,4 @@
-"""What SAM reports: sums on the device over the steps between two logs, read only when the host logs."""
+"""The `sam/...` metrics. They are summed on the device and read only when the training loop logs."""
 
 import torch
 from accelerate.logging import get_logger
@@ -7,51 +7,53 @@ from .perturbation import Perturbation
 
 logger = get_logger(__name__)
 
-# What the weights kept of e is measured in every this-many-th SAM step. Measuring takes collectives, so it must not
-# depend on when a rank reads its metrics.
+# `sam/perturbation_kept` is measured in every 16th SAM step. Measuring needs collectives, so it must not depend on when
+# a rank reads its metrics.
 _MEASURED_EVERY = 16
-# Far from 1, the stored weights did not take the perturbation that was asked for.
+# Outside of this range, rounding changes the perturbation too much.
 _KEPT_RANGE = (0.5, 1.5)
-# To first order the loss rises by rho * ||g||. A rise of less than this share of it, where that is well above the
-# spacing of the numbers that losses are computed in, means that the second pass did not see w + e.
+# To first order, the loss rises by rho * ||g||. If it rises by less than this fraction, the second pass did not see
+# w + e. The check needs an expected rise of at least 32 times the spacing of floating-point numbers at the loss.
 _LEAST_RISE = 1e-3
 _SPACINGS = 32
-# Losses that rise so much (nats, and as a share) are no longer those of a neighbourhood of w.
+# A larger rise (in nats, and relative to the loss) means that w + e is not in the neighbourhood of w.
 _LARGEST_RISE = (1.0, 0.5)
 
 
 class SAMMetrics:
-    """Running means of the `sam/...` metrics, and warnings about what they show.
+    """Running means of the `sam/...` metrics, and warnings when they show a problem.
 
-    `sam/perturbed_loss` is the training loss at w + e, `sam/sharpness` that loss minus the one at w on the same
-    micro-batches (nats), `sam/ascent_grad_norm` the norm that the variant divides by (SAM: of the ascent gradient),
-    `sam/perturbation_kept` the share <dw, e> / ||e||^2 of the perturbation that the stored weights kept, as measured
-    last (in every 16th SAM step), and `sam/skipped` the number of steps whose ascent gradient was not finite.
+    - `sam/perturbed_loss`: training loss at w + e, in nats.
+    - `sam/sharpness`: `sam/perturbed_loss` minus the loss at w on the same micro-batches, in nats.
+    - `sam/ascent_grad_norm`: the norm that the variant divides by (SAM: norm of the ascent gradient).
+    - `sam/perturbation_kept`: fraction <dw, e> / ||e||^2 of the perturbation that is left after the weights were
+      rounded to their dtype; last measured value (every 16th SAM step).
+    - `sam/skipped`: number of steps with a non-finite ascent gradient.
 
     Args:
         accelerator (`accelerate.Accelerator`): averages over ranks.
-        coarse (`bool`, defaults to `False`): whether the model computes in 16 bits without the accelerator's doing.
+        low_precision (`bool`, defaults to `False`): whether the weights themselves are in 16 bits, without autocast.
     """
 
     _NAMES = ("perturbed_loss", "sharpness", "ascent_grad_norm")
 
-    def __init__(self, accelerator, coarse: bool = False):
+    def __init__(self, accelerator, low_precision: bool = False):
         self._accelerator = accelerator
-        self._coarse = coarse
+        self._low_precision = low_precision
         self._taken = 0
         self._kept: torch.Tensor | None = None
         self._warned: set[str] = set()
         self.reset()
 
     def reset(self) -> None:
-        """Forget all steps since the last log."""
+        """Drop all steps since the last log."""
         self._sums: torch.Tensor | None = None
         self._steps = 0
         self._rho = 0.0
 
     @property
-    def wants_kept(self) -> bool:
-        """Whether the coming step should measure what the weights kept of e; the same answer on all ranks."""
+    def measures_kept(self) -> bool:
+        """Whether the next step measures `sam/perturbation_kept`; the same on all ranks."""
         return self._taken % _MEASURED_EVERY == 0
 
     def update(
@@ -62,26 +64,26 @@ class SAMMetrics:
         perturbation: Perturbation,
         rho: float,
         *,
-        alone: bool = False,
+        uneven_inputs: bool = False,
     ) -> None:
-        """Add one SAM step; a collective over all ranks, but no wait for the device.
+        """Add one SAM step. A collective over all ranks, unless `uneven_inputs`; does not wait for the device.
 
         Args:
             clean_loss (`torch.Tensor`): loss at w over the ascent micro-batches of this rank, shape `()`.
             perturbed_loss (`torch.Tensor`): loss at w + e over the same micro-batches, shape `()`.
             norm (`torch.Tensor`): norm of the ascent gradient, without loss scale, shape `()`.
-            perturbation ([`~hf_sam.step.perturbation.Perturbation`]): what the backend did.
+            perturbation ([`~hf_sam.step.perturbation.Perturbation`]): result of the backend.
             rho (`float`): radius of the perturbation.
-            alone (`bool`, defaults to `False`): whether other ranks may be out of data, so that this one reports its
-                own means.
+            uneven_inputs (`bool`, defaults to `False`): whether other ranks may have run out of data. The means are
+                then those of this rank.
         """
         finite = perturbation.finite
         device = self._accelerator.device
         values = torch.stack([t.float().to(device) for t in (perturbed_loss, perturbed_loss - clean_loss, norm)])
-        # A skipped step has no perturbed loss; the last entry counts the steps that the means are over.
+        # A skipped step has no perturbed loss. The last entry counts the steps that are not skipped.
         values = torch.where(finite.to(device), values, torch.zeros_like(values))
         values = torch.cat([values, values.new_full((1,), rho), finite.to(device, torch.float32).reshape(1)])
-        if not alone:
+        if not uneven_inputs:
             values = self._accelerator.reduce(values, reduction="mean")
         if perturbation.kept is not None:
             self._kept = perturbation.kept
@@ -91,9 +93,9 @@ class SAMMetrics:
         self._rho += rho
 
     def pop(self) -> dict[str, float]:
-        """Means since the last call, and forget them; empty if SAM did not act in between.
+        """Return the means since the last call and reset them; empty if SAM did not act.
 
-        Waits for the device, but for no other rank.
+        Waits for the device, but not for other ranks.
         """
         if self._steps == 0:
             return {}
@@ -102,27 +104,28 @@ class SAMMetrics:
         if taken > 0:
             logs.update({f"sam/{name}": total / taken for name, total in zip(self._NAMES, sums, strict=True)})
             kept = self._kept.item() if self._kept is not None else float("nan")
-            if kept == kept:  # NaN: the measured step was a skipped one
+            if kept == kept:  # NaN if the measured step was skipped
                 logs["sam/perturbation_kept"] = kept
             self._warn(logs, self._rho / self._steps)
         if abs(rho - self._rho) > 1e-5 * max(rho, self._rho):
             self._warn_once(
                 "ranks",
-                f"The ranks do not use the same radius of SAM: it is {self._rho / self._steps:g} on this one and "
+                f"The ranks use different SAM radii: rho is {self._rho / self._steps:g} on this rank and "
                 f"{rho / self._steps:g} on average. Set the same rho on all ranks in each step.",
             )
         self.reset()
         return logs
 
     def _warn(self, logs: dict[str, float], rho: float) -> None:
-        """Tell what the means show to be wrong, once each."""
+        """Warn about each problem that the means show, once."""
         low, high = _KEPT_RANGE
         kept = logs.get("sam/perturbation_kept", 1.0)
         if not low <= kept <= high:
             self._warn_once(
                 "kept",
-                f"Of the SAM perturbation, the stored weights kept {kept:.2f} instead of 1: it is lost in their "
-                "rounding. Load the model in float32 and train with bf16=True or fp16=True, or raise sam_rho.",
+                f"Only a fraction of {kept:.2f} of the SAM perturbation (expected: 1) is left in the stored weights; "
+                "the rest is lost in rounding. Load the model in float32 and train with bf16=True or fp16=True, or "
+                "raise sam_rho.",
             )
         perturbed, sharpness = logs["sam/perturbed_loss"], logs["sam/sharpness"]
         clean = perturbed - sharpness
@@ -131,25 +134,25 @@ class SAMMetrics:
         if visible and abs(sharpness) <= _LEAST_RISE * expected:
             self._warn_once(
                 "unseen",
-                f"SAM acts, but the loss at the perturbed weights is the loss at the unperturbed ones ({clean:.6g}), "
-                f"where it should rise by about {expected:.2g}. The second pass does not see the perturbation, so this "
-                "is plain training at twice the price. Likely causes: a cache of weights (an fp8, dequantized or "
-                "transposed copy, merged adapters), a loss computed once for both passes, or a loss whose value does "
-                "not depend on the perturbed parameters (then its gradient may still be right).",
+                f"The loss at the perturbed weights equals the loss at the unperturbed weights ({clean:.6g}), but it "
+                f"should be higher by about {expected:.2g}. The second pass does not see the perturbation, so this is "
+                "plain training at twice the cost. Likely causes: cached weights (an fp8, dequantized or transposed "
+                "copy, merged adapters), a loss that is computed once for both passes, or a loss whose value does not "
+                "depend on the perturbed parameters (its gradient may still be correct).",
             )
         rise, share = _LARGEST_RISE
         exploded = not perturbed < float("inf") or (sharpness > rise and sharpness > share * abs(clean))
         if exploded and clean < float("inf"):
             self._warn_once(
                 "exploded",
-                f"sam_rho={rho:g} is too large here: at the perturbed weights the loss is {perturbed:.4g} instead of "
-                f"{clean:.4g}, so that the gradient there tells little about the unperturbed weights. Lower sam_rho, "
-                "e.g. tenfold, until sam/sharpness is a few per cent of the loss.",
+                f"sam_rho={rho:g} is too large: the loss is {perturbed:.4g} at the perturbed weights, but {clean:.4g} "
+                "at the unperturbed weights, so the gradient at the perturbed weights is of little use. Lower sam_rho, "
+                "e.g. tenfold, until sam/sharpness is a few percent of the loss.",
             )
 
     def _spacing(self) -> float:
-        # Losses may have been computed in 16 bits, or be returned so.
-        exact = self._accelerator.mixed_precision == "no" and not self._coarse
+        # Losses may be computed or returned in 16 bits.
+        exact = self._accelerator.mixed_precision == "no" and not self._low_precision
         return torch.finfo(torch.float32 if exact else torch.bfloat16).eps
 
     def _warn_once(self, kind: str, message: str) -> None:

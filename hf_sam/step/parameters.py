@@ -1,4 +1,4 @@
-"""Which parameters SAM perturbs: regular expressions over the names that the user knows them by."""
+"""Select the parameters that SAM perturbs, by regular expressions over their names in the unwrapped model."""
 
 import difflib
 import re
@@ -12,31 +12,32 @@ from .rounding import is_low_precision
 
 logger = get_logger(__name__)
 
-# What torch.compile, activation checkpointing and FSDP put into parameter names, at any depth.
+# Prefixes that torch.compile, activation checkpointing and FSDP insert into parameter names, at any depth.
 _WRAPPER_PARTS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 def plain_name(name: str) -> str:
-    """The parameter name as the unwrapped model spells it."""
+    """The name of a parameter in the unwrapped model."""
     for part in _WRAPPER_PARTS:
         name = name.replace(part, "")
-    # DDP's and DeepSpeed's wrapper, in front only: a model may well have a submodule of that name.
+    # Prefix of DDP and DeepSpeed. Only at the front, since a model may have a submodule with this name.
     return name.removeprefix("module.")
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Trainable parameters by plain name; a tied parameter appears once, under its first name."""
+    """Trainable parameters by plain name; a tied parameter appears only under its first name."""
     return {plain_name(name): param for name, param in model.named_parameters() if param.requires_grad}
 
 
 def check_perturbable(trainable: dict[str, torch.Tensor]) -> None:
-    """Refuse parameters whose perturbation could not be represented, or that step before it could be made.
+    """Check that the trainable parameters can be perturbed.
 
     Args:
         trainable (`dict[str, torch.Tensor]`): trainable parameters by name.
 
     Raises:
-        ValueError: if one is stored in 8 bits, or a hook steps in its backward pass; the message names the remedy.
+        ValueError: if a parameter has less than 16 bits, or a hook updates it inside the backward pass; the message
+            names the remedy.
     """
     for name, param in trainable.items():
         if param.dtype.itemsize < 2:
@@ -47,18 +48,18 @@ def check_perturbable(trainable: dict[str, torch.Tensor]) -> None:
         if steps_in_backward(param):
             raise ValueError(
                 f"SAM does not support the hook of the parameter {name!r} that steps an optimizer in the backward "
-                "pass: the weights would change in the ascent pass, too. Remove the hooks and call optimizer.step() "
+                "pass: it would also update the weights in the ascent pass. Remove the hooks and call optimizer.step() "
                 "after the backward pass."
             )
 
 
 def count_hooks(params: Iterable[torch.Tensor]) -> int:
-    """Number of hooks that the backward pass calls for these parameters."""
+    """Number of hooks that the backward pass calls for `params`."""
     return sum(len(hooks) for param in params for hooks in _hooks(param))
 
 
 def steps_in_backward(param: torch.Tensor) -> bool:
-    """Whether a hook of `param` can reach an optimizer, which it then steps."""
+    """Whether a hook of `param` holds an optimizer, and therefore probably steps it."""
     if hasattr(param, "_in_backward_optimizers"):  # torch.distributed.optim._apply_optimizer_in_backward
         return True
     return any(
@@ -74,33 +75,33 @@ def _hooks(param: torch.Tensor) -> list[dict]:
     return [hooks for hooks in found if hooks]
 
 
-def keep_adapters_exact(model: torch.nn.Module) -> None:
-    """Hold the adapters of a quantized model in fp32, as PEFT makes them; they are few.
+def keep_adapters_in_fp32(model: torch.nn.Module) -> None:
+    """Cast the trainable adapters of a quantized model back to fp32, the dtype in which PEFT creates them.
 
-    TRL casts them to bf16, where the perturbation would drown in its own rounding.
+    TRL casts them to bf16, whose rounding error would be larger than the perturbation. The memory cost is small.
     """
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return
-    coarse = [param for param in model.parameters() if param.requires_grad and is_low_precision(param.dtype)]
-    for param in coarse:
+    adapters = [param for param in model.parameters() if param.requires_grad and is_low_precision(param.dtype)]
+    for param in adapters:
         param.data = param.data.float()
-    if coarse:
-        logger.info(f"Holding {len(coarse)} adapter weights in float32 instead of 16 bits, so that SAM is exact.")
+    if adapters:
+        logger.info(f"Keeping {len(adapters)} adapter weights in float32 instead of 16 bits, so that SAM is exact.")
 
 
 def select_names(
     names: Iterable[str], target: Sequence[str] | None = None, exclude: Sequence[str] | None = None
 ) -> set[str]:
-    """Names that some `target` pattern matches and no `exclude` pattern does (`re.search` for both).
+    """Names that match a `target` pattern and no `exclude` pattern (`re.search` for both).
 
     Args:
         names (`Iterable[str]`): names of the trainable parameters.
-        target (`Sequence[str]`, *optional*): patterns of the parameters to perturb; all of them when omitted.
-        exclude (`Sequence[str]`, *optional*): patterns of the parameters to leave out.
+        target (`Sequence[str]`, *optional*): patterns of the parameters to perturb; all parameters when omitted.
+        exclude (`Sequence[str]`, *optional*): patterns of the parameters not to perturb.
 
     Raises:
         ValueError: if there is no trainable parameter, a pattern is not a regular expression or matches nothing
-            (the message lists names that come near it), or nothing is left to perturb.
+            (the message lists similar names), or no parameter is left to perturb.
     """
     names = list(names)
     if not names:
@@ -128,18 +129,18 @@ def _matches(names: list[str], patterns: Sequence[str], field: str) -> set[str]:
         if not hits:
             raise ValueError(
                 f"{field}: {pattern!r} matches none of the {len(names)} trainable parameters. "
-                f"Names that come near it: {', '.join(_near(names, pattern))}."
+                f"Similar names: {', '.join(_most_similar(names, pattern))}."
             )
         found |= hits
     return found
 
 
-def _near(names: list[str], pattern: str, count: int = 5) -> list[str]:
-    """Full names ranked by how well any of their dotted parts resembles the pattern."""
+def _most_similar(names: list[str], pattern: str, count: int = 5) -> list[str]:
+    """The names that are most similar to the pattern, as a whole or in one of their dotted parts."""
     wanted = re.sub(r"[\\^$*+?()|\[\]{}]", "", pattern).strip(".")
 
-    def likeness(name: str) -> float:
+    def similarity(name: str) -> float:
         candidates = [name, *name.split(".")]
         return max(difflib.SequenceMatcher(None, wanted, candidate).ratio() for candidate in candidates)
 
-    return sorted(names, key=likeness, reverse=True)[:count]
+    return sorted(names, key=similarity, reverse=True)[:count]

@@ -1,8 +1,8 @@
-"""The ascent step as arithmetic on fragments of the weights, the same on every backend.
+"""The ascent step: arithmetic on fragments of the weights, the same for every backend.
 
-A backend hands over `Fragment`s, the pieces of the trainable weights that live on this rank. Here the weights move to
-w + e, with e = rho * d / ||n|| in fp32; what d and n are, a [`~hf_sam.step.variants.Variant`] says. A complex weight is
-a pair of real ones. Nothing here waits for the device: a non-finite gradient becomes e = 0 by masking, not by a branch.
+A backend passes `Fragment`s, the pieces of the trainable weights on this rank. They are moved to w + e, with
+e = rho * d / ||n|| computed in fp32; the [`~hf_sam.step.variants.Variant`] defines d and n. Complex weights are treated
+as pairs of real weights. Nothing here waits for the device: a non-finite gradient is masked to e = 0, not branched on.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ import torch
 from .rounding import chunks, is_low_precision, stochastic_round
 from .variants import Piece, Variant
 
-# Added to the norm, as in the paper's code: a zero gradient gives a zero perturbation instead of NaN.
+# Added to the norm, as in the code of the paper, so that a zero gradient gives a zero perturbation instead of NaN.
 NORM_EPSILON = 1e-12
 
 
@@ -23,10 +23,10 @@ class Fragment:
 
     Attributes:
         name (`str`): name of the parameter.
-        weight (`torch.Tensor`): the storage that the forward pass reads (or gathers from); perturbed in place.
-        master (`torch.Tensor`): holds w exactly while `weight` is perturbed; same shape as `weight`.
-        grad (`torch.Tensor`): the ascent gradient, same shape as `weight`. It is used as scratch space.
-        place (`str`): which piece of the parameter it is; replicas of a piece have the same.
+        weight (`torch.Tensor`): storage that the forward pass reads or gathers from; perturbed in place.
+        master (`torch.Tensor`): holds w exactly while `weight` is perturbed; shape of `weight`.
+        grad (`torch.Tensor`): ascent gradient, shape of `weight`; overwritten.
+        place (`str`): identifies the piece within the parameter; the same for all replicas of the piece.
         pairs (`bool`): whether the last dimension holds real and imaginary parts (`torch.view_as_real`).
     """
 
@@ -38,21 +38,21 @@ class Fragment:
     pairs: bool = False
 
     def pieces(self) -> Iterator[Piece]:
-        """The fragment in pieces small enough for fp32 copies."""
+        """Split the fragment into pieces that are small enough for fp32 copies."""
         for master, grad in chunks(self.master, self.grad):
             yield Piece(self.name, master, grad, self.pairs)
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What `Backend.perturb` did, as tensors that were not read yet.
+    """Result of `Backend.perturb`, as tensors on the device that have not been read yet.
 
     Attributes:
         norm (`torch.Tensor`): ||n|| (SAM: ||g||) over all shards, fp32, shape `()`.
-        finite (`torch.Tensor`): bool, shape `()`; False if the ascent gradient held inf or NaN on any rank, in
-            which case the weights were left as they were.
-        kept (`torch.Tensor` or `None`): <dw, e> / ||e||^2, the share of e that the weights really moved by, fp32,
-            shape `()`; `None` if it was not asked for.
+        finite (`torch.Tensor`): bool, shape `()`; False if the ascent gradient has inf or NaN on any rank. The weights
+            are then not perturbed.
+        kept (`torch.Tensor` or `None`): <dw, e> / ||e||^2, the fraction of e that is left in the stored weights, fp32,
+            shape `()`; `None` if it was not measured.
     """
 
     norm: torch.Tensor
@@ -63,7 +63,7 @@ class Perturbation:
 @torch.no_grad()
 def squared_norms(fragments: list[Fragment], variant: Variant) -> list[torch.Tensor]:
     """||n||^2 of each fragment, at least fp32, each of shape `()`."""
-    return [_added([variant.squared_norm(piece) for piece in fragment.pieces()]) for fragment in fragments]
+    return [_sum([variant.squared_norm(piece) for piece in fragment.pieces()]) for fragment in fragments]
 
 
 def ascent_scale(rho: float, norm: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
@@ -84,16 +84,16 @@ def apply(
 
     Args:
         fragments (`list[Fragment]`): the pieces of the weights on this rank; their gradients are overwritten.
-        variant ([`~hf_sam.step.variants.Variant`]): says what d is.
+        variant ([`~hf_sam.step.variants.Variant`]): defines d.
         scale (`torch.Tensor`): result of [`ascent_scale`].
         finite (`torch.Tensor`): bool, shape `()`; e = 0 where False.
-        noise (`Callable`, *optional*): gives the generator for a fragment that needs stochastic rounding; not needed
-            for fp32 and fp64 weights.
-        measure (`bool`, defaults to `False`): whether to compute what of e the weights kept.
+        noise (`Callable`, *optional*): returns the random generator for the stochastic rounding of a fragment; not
+            needed for fp32 and fp64 weights.
+        measure (`bool`, defaults to `False`): whether to measure how much of e is left in the stored weights.
 
     Returns:
-        `list[tuple[torch.Tensor, torch.Tensor]]`: <dw, e> and ||e||^2 of each fragment, in their order, if
-        `measure`; else empty.
+        `list[tuple[torch.Tensor, torch.Tensor]]`: <dw, e> and ||e||^2 of each fragment, in the same order; empty
+        without `measure`.
     """
     _perturb_fp32([fragment for fragment in fragments if _is_plain_fp32(fragment)], variant, scale, finite)
     moved = []
@@ -102,7 +102,7 @@ def apply(
             moved.append(_perturb_mixed(fragment, variant, scale, finite, noise, measure))
         elif measure:
             pieces = chunks(fragment.weight, fragment.master, fragment.grad)
-            moved.append(_add_up(_projection(*piece) for piece in pieces))
+            moved.append(_sum_pairs(_projection(*piece) for piece in pieces))
     return moved if measure else []
 
 
@@ -112,7 +112,7 @@ def _is_plain_fp32(fragment: Fragment) -> bool:
 
 
 def _perturb_fp32(fragments, variant, scale, finite):
-    """All-fp32 fragments take a handful of fused kernels and no scratch memory: the gradients turn into e."""
+    """Perturb all-fp32 fragments with a few fused kernels and no scratch memory: e overwrites the gradients."""
     for device in {fragment.weight.device for fragment in fragments}:
         here = [fragment for fragment in fragments if fragment.weight.device == device]
         pieces = [Piece(fragment.name, fragment.master, fragment.grad, fragment.pairs) for fragment in here]
@@ -130,10 +130,10 @@ def _scale(ascent: list[torch.Tensor], scale: torch.Tensor, blocked: torch.Tenso
 
 
 def _perturb_mixed(fragment, variant, scale, finite, noise, measure):
-    """Fragments with a 16-bit or an offloaded member go through fp32 scratch chunks on the device of the gradient."""
+    """Perturb a fragment with 16-bit or offloaded tensors in fp32 chunks, on the device of the gradient."""
     moved = []
-    # Where w is held in fp32, the cast below already dithers e by the spread of w; only a weight that is its own
-    # master would round e away.
+    # With an fp32 master, the low bits of w act as dither when w + e is cast. A 16-bit master has no such bits, and
+    # rounding to nearest would remove e.
     dither = is_low_precision(fragment.master.dtype)
     device = fragment.grad.device
     scale, blocked = scale.to(device), ~finite.to(device)
@@ -144,26 +144,26 @@ def _perturb_mixed(fragment, variant, scale, finite, noise, measure):
         ascent = piece.gradient
         _scale([ascent], scale, blocked)
         target = piece.weight + ascent
-        # Rounded before it travels: where the masters are offloaded, half of the bytes cross the bus.
+        # Round before the transfer: with offloaded masters, this halves the bytes.
         rounded = stochastic_round(target, weight.dtype, generator) if dither else target.to(weight.dtype)
         weight.copy_(rounded)
         if measure:
             moved.append(_projection(weight, master.to(weight.dtype), ascent))
-    return _add_up(moved) if measure else None
+    return _sum_pairs(moved) if measure else None
 
 
 def _projection(after, before, ascent):
     dtype = torch.promote_types(torch.float32, after.dtype)
     change = (after.to(ascent.device, dtype) - before.to(ascent.device, dtype)).flatten()
     ascent = ascent.to(dtype).flatten()
-    # Shares of one number, so that they may be added up and reduced together whatever the precision of the weights.
+    # Always fp32, so that fragments of different precision can be summed and reduced together.
     return torch.dot(change, ascent).float(), torch.dot(ascent, ascent).float()
 
 
-def _add_up(pairs):
+def _sum_pairs(pairs):
     along, length = zip(*pairs, strict=True)
     return torch.stack(along).sum(), torch.stack(length).sum()
 
 
-def _added(values: list[torch.Tensor]) -> torch.Tensor:
+def _sum(values: list[torch.Tensor]) -> torch.Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).sum()

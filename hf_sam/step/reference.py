@@ -1,7 +1,7 @@
-"""The SAM step in its plainest form: one process, fp32, nothing clever. The oracle of the tests.
+"""Plain reference implementation of the SAM step: one process, fp32. The tests compare every backend with it.
 
-Read it against Foret et al. (arXiv 2010.01412, algorithm 1) or Kwon et al. (arXiv 2102.11600, algorithm 1). It is slow
-and keeps every intermediate value; training goes through [`~hf_sam.SAMTrainer`].
+Follows Foret et al. (arXiv 2010.01412, algorithm 1) and Kwon et al. (arXiv 2102.11600, algorithm 1). It is slow and
+keeps every intermediate value; use [`~hf_sam.SAMTrainer`] for training.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-# w or g by the name of the parameter.
+# w or g by parameter name.
 Vectors = dict[str, torch.Tensor]
 
 
@@ -30,7 +30,7 @@ def _norm(vectors: Vectors) -> torch.Tensor:
     return torch.sqrt(sum((vector.abs() ** 2).sum() for vector in vectors.values()))
 
 
-# The plain version of each variant of `hf_sam.step.variants`.
+# Reference of each variant in `hf_sam.step.variants`.
 PERTURBATIONS: dict[str, Callable[[Vectors, Vectors, float], tuple[Vectors, torch.Tensor]]] = {"sam": sam, "asam": asam}
 
 
@@ -39,9 +39,9 @@ class ReferenceStep:
     """Result of [`sam_step`].
 
     Attributes:
-        loss (`float`): loss at w, over the micro-batches of the ascent pass.
-        perturbed_loss (`float`): loss at w + e, over the same micro-batches.
-        ascent_grad_norm (`float`): the norm that the variant divides by; SAM: ||g||.
+        loss (`float`): loss at w, summed over the micro-batches of the ascent pass.
+        perturbed_loss (`float`): loss at w + e, summed over the same micro-batches.
+        ascent_grad_norm (`float`): norm that the variant divides by (SAM: ||g||).
     """
 
     loss: float
@@ -58,17 +58,16 @@ def sam_step(
     ascent_micro_batches: int | None = None,
     perturbed_names: set[str] | None = None,
 ) -> ReferenceStep:
-    """Leave the gradient at w + e in the parameters of `model`, and w in their values.
+    """Compute the gradient at w + e into `.grad` of the trainable parameters of `model`; their values stay w.
 
     Args:
         model (`torch.nn.Module`): model whose trainable parameters are w.
         micro_batches (`Sequence`): micro-batches of one optimizer step.
-        loss_of (`Callable`): loss of a micro-batch, shape `()`; the losses of all micro-batches add up to the loss of
-            the step.
+        loss_of (`Callable`): loss of a micro-batch, shape `()`; the loss of the step is the sum over its micro-batches.
         rho (`float`): radius of the perturbation.
         variant (`str`, defaults to `"sam"`): name of the perturbation in `PERTURBATIONS`.
-        ascent_micro_batches (`int`, *optional*): take g over the first so many micro-batches only.
-        perturbed_names (`set[str]`, *optional*): names of the parameters to perturb; all trainable ones if omitted.
+        ascent_micro_batches (`int`, *optional*): number of micro-batches that g is computed from; all when omitted.
+        perturbed_names (`set[str]`, *optional*): names of the parameters to perturb; all trainable ones when omitted.
     """
 
     def forward_backward(batch) -> float:
@@ -89,7 +88,7 @@ def sam_gradient(
     ascent_micro_batches: int | None = None,
     perturbed_names: set[str] | None = None,
 ) -> ReferenceStep:
-    """[`sam_step`] for a loop that takes its own backward pass.
+    """[`sam_step`] for a loop with its own backward pass.
 
     Args:
         trainable (`dict[str, torch.Tensor]`): w by name.
@@ -110,7 +109,7 @@ def sam_gradient(
     losses = accumulate_gradient(micro_batches[:k])
     g = {name: trainable[name].grad.clone() for name in perturbed_names if trainable[name].grad is not None}
 
-    # Descent pass: grad L(w + e), left in the parameters.
+    # Descent pass: grad L(w + e) into `.grad`.
     e, norm = PERTURBATIONS[variant](w, g, rho)
     with torch.no_grad():
         for name in e:

@@ -1,9 +1,9 @@
 """The two passes of one optimizer step, for any training loop.
 
-The loop calls once for each of the N micro-batches of a step and then clips and steps. All but the last call only keep
-their micro-batch; the last one runs the ascent pass over the first k of them, perturbs the weights, runs the descent
-pass over all of them, and restores the weights. So between calls the loop sees neither perturbed weights nor ascent
-gradients, and a step that is left unfinished has cost nothing.
+The loop calls [`SAMStep`] once for each of the N micro-batches of an optimizer step. All calls but the last only store
+the micro-batch. The last call runs the ascent pass over the first k micro-batches, perturbs the weights, runs the
+descent pass over all N micro-batches, and restores the weights. So between calls the loop never sees perturbed weights
+or ascent gradients, and an unfinished step costs nothing.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from .argument_checks import check_kinds, described
+from .argument_checks import check_types, describe
 from .backends import Backend, select_backend
 from .counts import ascent_count, check_count
-from .loss_scale import scalers_used
+from .loss_scale import record_scalers
 from .metrics import SAMMetrics
 from .perturbation import Perturbation
-from .replay import KeptInputs, World, WorldState, muted
+from .replay import KeptInputs, World, WorldState, disable_method
 from .variants import DEFAULT, get_variant
 
 
@@ -31,7 +31,7 @@ class _MicroBatch:
 
 
 class SAMStep:
-    """The SAM step for a training loop of one's own; [`SAMMixin`] takes the same one inside of a `Trainer`.
+    """The SAM step for a custom training loop. [`SAMMixin`] uses it inside `Trainer`.
 
     ```python
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -49,43 +49,44 @@ class SAMStep:
             optimizer.zero_grad()
     ```
 
-    Both passes see the same inputs, dropout masks and states of modules, also of modules and random generators that
-    `forward_backward` names outside of the model. All of it ends as plain training would leave it. In a loop without
-    Accelerate, pass `Accelerator()`; nothing needs to be prepared.
+    Both passes see the same inputs, dropout masks and module states, and the same states of the modules and random
+    generators that `forward_backward` refers to. After the step, all of these are as after a plain step. In a loop
+    without Accelerate, pass `Accelerator()`; nothing needs to be prepared.
 
     Args:
-        accelerator (`accelerate.Accelerator`): the accelerator in use. Its `sync_gradients` says which call is the
-            last of a step, as `accelerator.accumulate` sets it; without accumulation every call is.
-        model (`torch.nn.Module`): the model as the loop calls it, after `accelerator.prepare`.
+        accelerator (`accelerate.Accelerator`): the accelerator in use. Its `sync_gradients`, which
+            `accelerator.accumulate` sets, marks the last call of a step. Without accumulation, every call is the last.
+        model (`torch.nn.Module`): the model that the loop calls, after `accelerator.prepare`.
         rho (`float`): radius of the perturbation (arXiv 2010.01412, eq. 2). May be changed between steps.
-        optimizer (`torch.optim.Optimizer` or a list of them, *optional*): the optimizers that step after this one. All
-            that they train climbs, also what is not in `model` (the weights of a loss), and nothing else does. When
-            omitted, those prepared optimizers that train parameters of `model`.
-        variant (`str`, *optional*, defaults to `"sam"`): what the perturbation is, a name in
-            [`hf_sam.step.variants`](~hf_sam.step.variants): `"sam"` (arXiv 2010.01412) or `"asam"` (arXiv 2102.11600),
-            whose rho is on another scale.
-        ascent_micro_batches (`float`, *optional*): over how many micro-batches of the step the ascent gradient is
-            taken, or which share of them if below 1. All of them when omitted.
-        ascent_sync (`str`, *optional*, defaults to `"global"`): `"local"`: each DDP replica climbs along the gradient
-            of its own micro-batches.
-        target_modules, exclude_modules (`list[str]`, *optional*): regular expressions of the names of the parameters
-            to perturb, or not to.
+        optimizer (`torch.optim.Optimizer` or a list of them, *optional*): the optimizers that step after the two
+            passes. SAM perturbs the parameters that they train, including those outside of `model` (e.g. in a loss
+            module), and no others. When omitted, the prepared optimizers that train parameters of `model`.
+        variant (`str`, *optional*, defaults to `"sam"`): name of a variant in
+            [`hf_sam.step.variants`](~hf_sam.step.variants), which defines the perturbation: `"sam"` (arXiv 2010.01412)
+            or `"asam"` (arXiv 2102.11600), whose rho is on another scale.
+        ascent_micro_batches (`float`, *optional*): number of micro-batches in the ascent pass, or the fraction of the
+            step's micro-batches if below 1. All of them when omitted.
+        ascent_sync (`str`, *optional*, defaults to `"global"`): with `"local"`, each DDP replica uses the ascent
+            gradient of its own micro-batches.
+        target_modules, exclude_modules (`list[str]`, *optional*): regular expressions over the names of the parameters
+            to perturb, and not to perturb.
         seed (`int`, *optional*, defaults to 0): seed of the stochastic rounding of 16-bit weights.
-        perturbed_context (`Callable[[bool], AbstractContextManager]`, *optional*): around each micro-batch that is
-            computed at the perturbed weights, for records that a forward pass makes; called with `True` where the
-            same micro-batch was computed at the unperturbed weights before.
-        world (`Callable[[torch.nn.Module], World]`, *optional*): makes what captures the states that a pass changes.
+        perturbed_context (`Callable[[bool], AbstractContextManager]`, *optional*): context around each micro-batch at
+            the perturbed weights, to control what the forward pass records. The argument is `True` if the same
+            micro-batch has been computed at the unperturbed weights.
+        world (`Callable[[torch.nn.Module], World]`, *optional*): creates the object that captures and restores the
+            states that a pass changes.
 
     Attributes:
         optimizers (`list[torch.optim.Optimizer]` or `None`): see `optimizer`; may be changed between steps.
-        acted (`int`): optimizer steps in which SAM perturbed the weights.
-        step (`int`): optimizer steps taken, part of the seed of the stochastic rounding. `state_dict` holds it, so
-            that `accelerator.register_for_checkpointing(sam)` makes a resumed run repeat its noise.
+        acted (`int`): number of optimizer steps in which SAM perturbed the weights.
+        step (`int`): number of optimizer steps; part of the seed of the stochastic rounding. It is in `state_dict`, so
+            with `accelerator.register_for_checkpointing(sam)` a resumed run repeats the rounding noise.
 
     Raises:
-        TypeError: if an argument is of the wrong kind.
-        ValueError: if a value is out of range, a pattern matches nothing, or SAM cannot be done right in this
-            set-up; the message names the remedy.
+        TypeError: if an argument has the wrong type.
+        ValueError: if a value is out of range, a pattern matches nothing, or SAM does not support this set-up; the
+            message names the remedy.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class SAMStep:
         perturbed_context: Callable[[bool], contextlib.AbstractContextManager] | None = None,
         world: Callable[[torch.nn.Module], World] = World,
     ):
-        check_kinds(accelerator, model, optimizer)
+        check_types(accelerator, model, optimizer)
         check_count("ascent_micro_batches", ascent_micro_batches, zero_allowed=False)
         if ascent_sync not in ("global", "local"):
             raise ValueError(f"ascent_sync={ascent_sync!r} must be 'global' or 'local'.")
@@ -122,58 +123,60 @@ class SAMStep:
             ascent_sync=ascent_sync,
             target=target_modules,
             exclude=exclude_modules,
-            outside=self._trained_outside,
-            companions=lambda: self._world.companions(),
+            outside_parameters=self._trained_outside,
+            outside_modules=lambda: self._world.outside_modules(),
             seed=seed,
         )
         self._world.bind(self.backend)
-        self._metrics = SAMMetrics(accelerator, self.backend.has_coarse_weights())
+        self._metrics = SAMMetrics(accelerator, self.backend.has_low_precision_weights())
         self._perturbed_context = perturbed_context or (lambda replayed: contextlib.nullcontext())
         self.reset()
 
     @property
     def rho(self) -> float:
-        """Radius of the perturbation; with 0, a step is a plain one."""
+        """Radius of the perturbation; 0 means a plain step."""
         return self._rho
 
     @rho.setter
     def rho(self, value: float):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            raise TypeError(f"rho is the radius of the perturbation, a number, but got {described(value)}.")
+            raise TypeError(f"rho is the radius of the perturbation, a number, but got {describe(value)}.")
         if not 0 <= value < float("inf"):
             raise ValueError(f"rho={value} must be a finite number, 0 or larger.")
         self._rho = value
 
     def reset(self) -> None:
-        """Forget the micro-batches of an unfinished step, and the metrics.
+        """Drop the micro-batches of an unfinished step, and the metrics.
 
-        Only for a new start. Where the loop goes on with what an unfinished step accumulated (the end of a stream, a
-        callback that stops an epoch), its micro-batches join the next step, as their gradients do in plain training.
+        Call it only to start over. If the loop continues after an unfinished step (end of a stream, an epoch stopped by
+        a callback), the stored micro-batches become part of the next step, as accumulated gradients do in plain
+        training.
         """
         self._window: list[_MicroBatch] = []
         self._start: WorldState | None = None
         self._metrics.reset()
 
     def __call__(self, forward_backward: Callable[[Any], torch.Tensor], inputs: Any) -> torch.Tensor:
-        """Take the next micro-batch; the last one of a step runs both passes and leaves the gradient at w + e.
+        """Store the next micro-batch; the last call of a step runs both passes and leaves the gradient at w + e.
 
         Args:
-            forward_backward (`Callable`): computes the loss of the inputs, accumulates its gradient, and returns its
-                share of the loss of the step, detached, shape `()`. It is called up to twice for each micro-batch.
-            inputs (`Any`): the micro-batch. It is copied, because either pass may change it in place.
+            forward_backward (`Callable`): computes the loss of `inputs`, accumulates its gradient, and returns the
+                detached contribution to the loss of the step, shape `()`. Called up to twice for each micro-batch.
+            inputs (`Any`): the micro-batch. It is copied, because a pass may change it in place.
 
         Returns:
-            `torch.Tensor`: in the last call of a step the loss at w, the sum of the shares (estimated from the ascent
-            micro-batches if they are not all), in the others 0; shape `()`. With `rho=0`, each call returns its share.
+            `torch.Tensor`: shape `()`. The last call of a step returns the loss at w (an estimate if the ascent pass
+            uses only some of the micro-batches), the other calls 0. With `rho=0`, each call returns the contribution of
+            its micro-batch.
 
         Raises:
-            RuntimeError: if the model has gradients from before, which would mix with those of this step, or if
-                `forward_backward` trains parameters that no known optimizer has.
+            RuntimeError: if the model has gradients from before the step, or `forward_backward` computes gradients of
+                parameters that no known optimizer trains.
         """
         if not callable(forward_backward):
             raise TypeError(
-                "A SAMStep is called with the function that computes loss and gradient, and then with its inputs, but "
-                f"got {described(forward_backward)} first."
+                "The first argument of a SAMStep call must be the function that computes loss and gradient, the second "
+                f"its inputs, but got {describe(forward_backward)} first."
             )
         last = self._accelerator.sync_gradients
         if self.rho == 0 and not self._window:
@@ -184,7 +187,7 @@ class SAMStep:
             return torch.zeros((), device=self._accelerator.device)
         window, self._window = self._window, []
         try:
-            with self._undone_after_error():
+            with self._rollback_on_error():
                 loss = self._run(window, ascent_count(self.ascent_micro_batches, len(window)))
         finally:
             self._accelerator.gradient_state._set_sync_gradients(True)
@@ -194,7 +197,7 @@ class SAMStep:
 
     @contextlib.contextmanager
     def ascent(self) -> Iterator[None]:
-        """Around the passes that give the ascent gradient, for loops that keep both passes in their own hands.
+        """Context for the ascent pass, for loops that run both passes themselves.
 
         ```python
         with sam.ascent():
@@ -204,42 +207,43 @@ class SAMStep:
         optimizer.step()
         ```
 
-        Under DeepSpeed, which steps inside of `backward`, each context may hold one backward pass.
+        Under DeepSpeed, which steps inside `backward`, each context may contain only one backward pass.
 
         Raises:
-            RuntimeError: between the micro-batches of `accelerator.accumulate`, or if the model has gradients from
-                before.
+            RuntimeError: before the last micro-batch of `accelerator.accumulate`, or if the model has gradients from
+                before the step.
         """
         self._check_synchronizing()
-        with self._undone_after_error():
+        with self._rollback_on_error():
             self._begin([])
             start = self._world.capture()
-            with self.backend.ascent_pass(), scalers_used() as self._scalers:
+            with self.backend.ascent_pass(), record_scalers() as self._scalers:
                 yield
             self._check_bystanders()
         self._start = start
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[Perturbation]:
-        """Inside, the weights are w + e, the gradients empty, and the random streams those of the ascent pass.
+        """Context for the descent pass: weights are w + e, gradients are cleared, random states are reset.
 
-        Afterwards the weights are w again, bit for bit, the gradients are those at w + e, and random streams and
-        buffers as the ascent pass left them. After an error the weights are w and there are no gradients.
+        On exit, the weights are bitwise w again, the gradients are those at w + e, and random states and buffers are
+        as after the ascent pass. After an error, the weights are w and the gradients are cleared.
 
         Yields:
-            [`~hf_sam.step.perturbation.Perturbation`]: norm of the ascent gradient, and whether it was finite.
+            [`~hf_sam.step.perturbation.Perturbation`]: norm of the ascent gradient, and whether it is finite.
 
         Raises:
-            RuntimeError: if there was no `ascent` before. (DeepSpeed would have stepped in a backward pass outside.)
+            RuntimeError: without a preceding `ascent` context. (Under DeepSpeed, a backward pass outside of it would
+                already have stepped.)
         """
         start, self._start = self._start, None
         if start is None:
             raise RuntimeError("SAMStep.perturbed() needs an ascent gradient: run a backward pass in ascent() before.")
         self._check_synchronizing()
-        self._world.learn()
+        self._world.end_ascent()
         end = self._world.capture()
         try:
-            with self._undone_after_error():
+            with self._rollback_on_error():
                 with self.backend.descent_pass():
                     perturbation = self.backend.perturb(self.rho, step=self.step)
                     start.restore(end=False)
@@ -254,33 +258,33 @@ class SAMStep:
     def _check_synchronizing(self):
         if not self._accelerator.sync_gradients:
             raise RuntimeError(
-                "The contexts of SAMStep enclose a whole optimizer step, but accelerator.accumulate is at a "
-                "micro-batch before the last one. Enclose all micro-batches of a step, or call the SAMStep with each."
+                "The contexts of SAMStep enclose a whole optimizer step, but accelerator.accumulate has not reached "
+                "its last micro-batch. Enclose all micro-batches of a step, or call the SAMStep for each of them."
             )
 
     def pop_metrics(self) -> dict[str, float]:
         """The `sam/...` metrics, averaged over the steps since the last call.
 
-        Waits for the device, but for no other rank. Warns, once each, about what the metrics show to be wrong. Steps in
-        `ascent` and `perturbed`, whose losses are not known here, do not count.
+        Waits for the device, but not for other ranks. Warns once about each problem that the metrics show. Steps with
+        `ascent` and `perturbed` are not included, because their losses are not known here.
         """
         return self._metrics.pop()
 
     def state_dict(self) -> dict:
-        """What a resumed run needs."""
+        """The state that a resumed run needs."""
         return {"step": self.step, "acted": self.acted, "variant": self.backend.variant.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`."""
+        """Load a state from `state_dict`."""
         self.step, self.acted = state["step"], state["acted"]
         self.backend.variant.load_state_dict(state["variant"])
 
     @contextlib.contextmanager
-    def _undone_after_error(self):
+    def _rollback_on_error(self):
         try:
             yield
         except BaseException:
-            # Whoever catches this finds the weights of before the step and no half of a gradient.
+            # If the caller catches the error, weights are as before the step and there are no partial gradients.
             try:
                 self.backend.restore(after_error=True)
             finally:
@@ -288,13 +292,13 @@ class SAMStep:
             raise
 
     def _trained_outside(self, backend: Backend) -> dict[str, torch.Tensor]:
-        """What the optimizers train outside of the model, by name."""
+        """Parameters outside of the model that the optimizers train, by name."""
         inside = {id(param) for param in backend.model.parameters()}
         trained: dict[int, torch.Tensor] = {}
         optimizers = self._accelerator._optimizers if self.optimizers is None else self.optimizers
         for optimizer in optimizers:
             params = {id(param): param for param in backend.parameters_of(optimizer)}
-            # Without a word of the user's, an optimizer of other parameters alone belongs to another step.
+            # An optimizer that trains no parameter of the model belongs to another step, unless the user passed it.
             if self.optimizers is not None or inside & params.keys():
                 trained.update(params)
         trained = {key: param for key, param in trained.items() if key not in inside and param.requires_grad}
@@ -309,33 +313,33 @@ class SAMStep:
 
     def _check_bystanders(self) -> None:
         if self.optimizers is not None:
-            return  # what they do not have is not trained in this step
-        touched = {id(param) for param in self.backend.touched_bystanders()}
+            return  # the user passed the optimizers, so other parameters are not trained in this step
+        touched = {id(param) for param in self.backend.bystanders_with_gradient()}
         names = [name for name, param in self._bystanders.items() if id(param) in touched]
         if names:
             raise RuntimeError(
-                f"The step reaches {len(names)} trainable parameters that are not in the model of SAMStep nor in its "
-                f"optimizer ({', '.join(names[:3])}), so it is not known whether they climb. Name the optimizers that "
-                "step after it: SAMStep(accelerator, model, rho, optimizer=[...]). What they train climbs; what they "
-                "do not train only gets its gradient."
+                f"The step computes gradients of {len(names)} trainable parameters that are neither in the model of "
+                f"SAMStep nor in a known optimizer ({', '.join(names[:3])}), so it is not clear whether to perturb "
+                "them. Pass the optimizers that step afterwards: SAMStep(accelerator, model, rho, optimizer=[...]). "
+                "SAM then perturbs exactly the parameters that they train."
             )
 
     def _run(self, window: list[_MicroBatch], k: int) -> torch.Tensor:
         backend, world = self.backend, self._world
         self._begin([micro_batch.forward_backward for micro_batch in window])
         states, losses = [], []
-        with backend.ascent_pass(), scalers_used() as scalers:
+        with backend.ascent_pass(), record_scalers() as scalers:
             for i, micro_batch in enumerate(window[:k]):
                 states.append(world.capture())
                 inputs = micro_batch.inputs.for_ascent(last=i == len(window) - 1)
                 losses.append(self._compute(micro_batch, inputs, last=i == k - 1))
         self._check_bystanders()
-        world.learn()
+        world.end_ascent()
         end_of_ascent = world.capture()
 
         try:
-            with backend.descent_pass(), muted(self._accelerator, "log"):
-                perturbation = backend.perturb(self.rho, step=self.step, measure=self._metrics.wants_kept)
+            with backend.descent_pass(), disable_method(self._accelerator, "log"):
+                perturbation = backend.perturb(self.rho, step=self.step, measure=self._metrics.measures_kept)
                 perturbed_losses = self._descend(window, states, end_of_ascent)
         except BaseException:
             end_of_ascent.restore()
@@ -345,22 +349,22 @@ class SAMStep:
         backend.restore()
         world.end_step()
 
-        # With k of N micro-batches in the ascent pass, estimates for all N of them.
+        # With k of N micro-batches in the ascent pass, scale to all N.
         scale = len(window) / k
         clean, perturbed = sum(losses) * scale, sum(perturbed_losses) * scale
         norm = perturbation.norm * (scale / backend.loss_scale(scalers))
-        alone = backend.runs_uneven_inputs()
-        self._metrics.update(clean, perturbed, norm, perturbation, self.rho, alone=alone)
+        uneven = backend.has_uneven_inputs()
+        self._metrics.update(clean, perturbed, norm, perturbation, self.rho, uneven_inputs=uneven)
         return clean
 
     def _descend(self, window, states, end_of_ascent) -> list[torch.Tensor]:
-        """The losses at w + e of the micro-batches that have a state of the ascent pass."""
+        """Run the descent pass; returns the losses at w + e of the micro-batches of the ascent pass."""
         losses = []
         for i, micro_batch in enumerate(window):
             last, replayed = i == len(window) - 1, i < len(states)
             if replayed:
                 states[i].restore(end=False)
-                states[i] = None  # what it holds is not needed any more
+                states[i] = None  # frees its copies
             elif i == len(states):
                 end_of_ascent.restore()
             with self._perturbed_context(replayed):
@@ -375,8 +379,8 @@ class SAMStep:
             loss = micro_batch.forward_backward(inputs)
         if not isinstance(loss, torch.Tensor) or loss.ndim > 0:
             raise TypeError(
-                "The function given to a SAMStep must return the share of the loss that its micro-batch has, a tensor "
-                f"of shape (), but returned {described(loss)}."
+                "The function passed to a SAMStep must return the contribution of its micro-batch to the loss, a "
+                f"tensor of shape (), but returned {describe(loss)}."
             )
         # Cloned, because a CUDA graph overwrites its output in its next run.
         return loss.detach().clone()

@@ -1,8 +1,8 @@
-"""Copies of weights that others keep, which a perturbation would not reach.
+"""Clear cached copies of the weights, which would hide a perturbation.
 
-Autocast keeps 16-bit casts for as long as its outermost region lasts, `parametrize.cached` the parametrized weights,
-Transformer Engine its fp8 weights, torchao scales that were computed after the optimizer step, and bitsandbytes 8-bit
-copies of weights in training. All of them are made anew when they are missing.
+Autocast caches 16-bit casts until its outermost context ends, `parametrize.cached` the parametrized weights,
+Transformer Engine fp8 weights, torchao fp8 scales computed after the optimizer step, and bitsandbytes 8-bit copies of
+trained weights. All of them are recomputed when they are missing.
 """
 
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ from torch.nn.utils import parametrize
 
 
 class WeightCaches:
-    """The caches of the weights of some models.
+    """The weight caches of some models.
 
     Args:
-        models (`Iterable[torch.nn.Module]`): models whose weights SAM changes.
+        models (`Iterable[torch.nn.Module]`): models whose weights SAM perturbs.
     """
 
     def __init__(self, models: Iterable[torch.nn.Module]):
@@ -26,7 +26,7 @@ class WeightCaches:
         self._scaled = [holder for holder in holders if holder is not None]
 
     def clear(self) -> None:
-        """Forget everything that was derived from the weights, after they were changed."""
+        """Clear all caches; called after each change of the weights."""
         torch.clear_autocast_cache()
         parametrize._cache.clear()
         for module in self._fp8:
@@ -38,12 +38,12 @@ class WeightCaches:
 
 
 def _keeps_int8_copies(module: torch.nn.Module) -> bool:
-    """Whether it is a layer of bitsandbytes that trains weights and multiplies with 8-bit copies of them."""
+    """Whether `module` is a bitsandbytes layer that trains its weights but computes with 8-bit copies of them."""
     state = vars(module).get("state")
     return getattr(state, "has_fp16_weights", False) and hasattr(state, "CB") and hasattr(state, "SCB")
 
 
 def _scale_holder(param: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor of torchao that may hold an fp8 scale of its weight."""
+    """The torchao tensor behind `param` that may cache an fp8 scale, or None."""
     local = getattr(param, "_local_tensor", param)
     return local if hasattr(local, "_precomputed_scale") else None

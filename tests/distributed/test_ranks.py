@@ -27,7 +27,7 @@ def test_communication_hooks_learn_nothing_from_the_ascent_pass(ranks, hook):
 
 def test_a_hook_whose_state_cannot_be_kept_is_refused(ranks):
     assert (
-        "cannot put back the state of DDP's communication hook, a lock"
+        "cannot restore the state of DDP's communication hook, a lock"
         in (ranks["hook_with_a_state_that_cannot_be_kept"])
     )
 
@@ -83,4 +83,4 @@ def test_two_models_are_synchronized_as_in_plain_training(ranks):
 
 def test_ranks_with_different_radii_are_told(ranks):
     (told,) = ranks["ranks_with_different_radii"]
-    assert "do not use the same radius of SAM: it is 0.3 on this one and 0.45 on average" in told
+    assert "use different SAM radii: rho is 0.3 on this rank and 0.45 on average" in told

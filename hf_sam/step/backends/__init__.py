@@ -1,4 +1,4 @@
-"""The one place that knows which backend a training set-up needs, and which set-ups have none."""
+"""Select the backend for a training set-up, and reject the set-ups that SAM does not support."""
 
 from accelerate.utils import DistributedType
 
@@ -9,15 +9,15 @@ __all__ = ["Backend", "LocalBackend", "check_supported", "has_own_scheduler", "s
 
 
 def select_backend(accelerator, model, **kwargs) -> Backend:
-    """Backend for a model that `accelerator` has prepared.
+    """Create the backend for a model that `accelerator` has prepared.
 
     Args:
         accelerator (`accelerate.Accelerator`): the accelerator in use.
-        model (`torch.nn.Module`): the model it returned from `prepare`.
-        kwargs: passed on to [`~hf_sam.step.backends.Backend`].
+        model (`torch.nn.Module`): the model returned by `accelerator.prepare`.
+        kwargs: passed to [`~hf_sam.step.backends.Backend`].
 
     Raises:
-        ValueError: if SAM cannot be done right in this set-up; the message names what to use instead.
+        ValueError: if SAM does not support this set-up; the message names an alternative.
     """
     check_supported(accelerator, ascent_sync=kwargs.get("ascent_sync", "global"))
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -32,19 +32,19 @@ def select_backend(accelerator, model, **kwargs) -> Backend:
 
 
 def check_supported(accelerator, ascent_sync: str = "global") -> None:
-    """Refuse the set-ups in which the perturbed step would not be the right one.
+    """Check that SAM supports this set-up.
 
     Args:
-        accelerator (`accelerate.Accelerator`): the accelerator in use; no model is needed yet.
+        accelerator (`accelerate.Accelerator`): the accelerator in use; need not have prepared a model yet.
         ascent_sync (`str`, defaults to `"global"`): see [`~hf_sam.SAMArguments`].
 
     Raises:
-        ValueError: with the remedy, if there is no backend for this set-up.
+        ValueError: if SAM does not support this set-up; the message names an alternative.
     """
     if getattr(accelerator, "has_lomo_optimizer", False):
         raise ValueError(
-            "SAM does not support the LOMO optimizers, which update the weights inside the backward pass, so that "
-            "there is no gradient to climb along. Use another optimizer, e.g. torch.optim.AdamW."
+            "SAM does not support the LOMO optimizers, which update the weights inside the backward pass: there is no "
+            "gradient left for the ascent step. Use another optimizer, e.g. torch.optim.AdamW."
         )
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
@@ -61,20 +61,20 @@ def check_supported(accelerator, ascent_sync: str = "global") -> None:
         )
     if ascent_sync == "local" and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            "sam_ascent_sync='local' needs whole weights and gradients on every rank, which "
-            f"{kind.value} shards. Use sam_ascent_sync='global', or DDP."
+            "sam_ascent_sync='local' needs whole weights and gradients on every rank, but "
+            f"{kind.value} shards them. Use sam_ascent_sync='global', or DDP."
         )
     parallelism = getattr(accelerator, "parallelism_config", None)
     for name in ("cp", "sp", "tp"):
         if parallelism is not None and getattr(parallelism, f"{name}_enabled", False):
             raise ValueError(
-                f"SAM is not supported with `{name}_size` > 1 in the parallelism config: replaying a micro-batch that "
-                "is split over ranks has not been shown to be exact. Use data parallelism (DDP, FSDP2 or ZeRO)."
+                f"SAM does not support `{name}_size` > 1 in the parallelism config: the replay of micro-batches that "
+                "are split over ranks has not been tested. Use data parallelism (DDP, FSDP2 or ZeRO)."
             )
 
 
 def has_own_scheduler(accelerator) -> bool:
-    """Whether the engine makes the learning-rate schedule, from a config of its own."""
+    """Whether DeepSpeed creates the learning-rate scheduler from its own config."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return plugin is not None and "scheduler" in plugin.deepspeed_config
 
@@ -92,15 +92,15 @@ def _check_deepspeed(plugin) -> None:
     for option, off in _ZERO_OPTIONS_OFF.items():
         if zero.get(option, off) not in (off, None):
             raise ValueError(
-                f"SAM does not support `zero_optimization.{option}`: weights or gradients are then not where the "
-                f"perturbation goes. Set it to {off!r}."
+                f"SAM does not support `zero_optimization.{option}`, which moves weights or gradients to another "
+                f"place. Set it to {off!r}."
             )
     if (config.get("compile") or {}).get("deepcompile"):
         raise ValueError("SAM does not support DeepSpeed's DeepCompile. Set `compile.deepcompile` to false.")
     if (config.get("optimizer") or {}).get("type", "").lower() == "muon":
         raise ValueError(
-            "SAM does not support Muon inside DeepSpeed, which turns gradients into updates while it reduces them. "
-            "Use AdamW, or Muon without DeepSpeed."
+            "SAM does not support Muon in DeepSpeed, which replaces gradients by updates while it reduces them. Use "
+            "AdamW, or Muon without DeepSpeed."
         )
     if (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
         raise ValueError("SAM does not support DeepSpeed's tensor parallelism. Set `tensor_parallel.autotp_size` to 1.")
@@ -109,12 +109,12 @@ def _check_deepspeed(plugin) -> None:
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if plugin.zero_stage == 1 and bf16 and not offloaded and accumulate in ("fp32", "float", "float32"):
         raise ValueError(
-            "SAM does not support ZeRO stage 1 with bf16 and `data_types.grad_accum_dtype: fp32`, which DeepSpeed "
-            "runs with a different optimizer class. Use stage 2, or leave grad_accum_dtype out."
+            "SAM does not support ZeRO stage 1 with bf16 and `data_types.grad_accum_dtype: fp32`, because DeepSpeed "
+            "then uses a different optimizer class. Use stage 2, or remove grad_accum_dtype."
         )
 
 
-# ZeRO options that change where weights or gradients live, with the value that keeps them where SAM looks.
+# ZeRO options that change where weights or gradients are stored, each with its default.
 _ZERO_OPTIONS_OFF = {
     "zero_hpz_partition_size": 1,
     "zero_quantized_weights": False,

@@ -1,6 +1,6 @@
-"""The contract of a backend, and all of it that does not depend on where the weights live.
+"""The interface of a backend, and all code that does not depend on where the weights are stored.
 
-A SAM step drives its backend in this order, alike on every rank:
+A SAM step calls its backend in this order, the same on every rank:
 
     backend.begin_step(bystanders)
     with backend.ascent_pass():         afterwards the gradients hold g
@@ -10,10 +10,10 @@ A SAM step drives its backend in this order, alike on every rank:
         backend.perturb(rho, ...)       weights become w + e, gradients are cleared
         with backend.micro_batch(last): each forward and backward of the descent pass
             ...
-    backend.restore()                   weights are w again, bit for bit; safe at any point, and more than once
+    backend.restore()                   weights are bitwise w again; may be called at any point, and repeatedly
 
-A subclass says where weights, exact copies and gradients are, and how to add a number up over the ranks that share
-the weights out between them.
+A subclass defines where weights, exact copies and gradients are stored, and how to sum a number over the ranks that
+hold the shards.
 """
 
 import abc
@@ -32,24 +32,24 @@ from ..weight_caches import WeightCaches
 
 
 class Backend(abc.ABC):
-    """Perturbs and restores the trainable weights of one prepared model, and of what trains together with it.
+    """Perturbs and restores the trainable weights of a prepared model, and of parameters that train together with it.
 
     Args:
         accelerator (`accelerate.Accelerator`): the accelerator that prepared `model`.
-        model (`torch.nn.Module`): the prepared model, as the training loop calls it.
-        variant ([`~hf_sam.step.variants.Variant`], *optional*): what e is; SAM when omitted.
-        ascent_sync (`str`, defaults to `"global"`): `"global"`, or `"local"` where each replica climbs on its own
+        model (`torch.nn.Module`): the prepared model that the training loop calls.
+        variant ([`~hf_sam.step.variants.Variant`], *optional*): defines the perturbation; SAM when omitted.
+        ascent_sync (`str`, defaults to `"global"`): `"global"`, or `"local"` if each replica uses its own ascent
             gradient (m-sharpness).
         target (`list[str]`, *optional*): regular expressions of the parameters to perturb; all when omitted.
         exclude (`list[str]`, *optional*): regular expressions of the parameters not to perturb.
-        outside (`Callable[[Backend], dict[str, torch.Tensor]]`, *optional*): tells the parameters outside of `model`
-            that train with it, by name.
-        companions (`Callable[[], list[torch.nn.Module]]`, *optional*): tells the modules beside `model` that the loop
-            calls.
+        outside_parameters (`Callable[[Backend], dict[str, torch.Tensor]]`, *optional*): returns the parameters outside
+            of `model` that train together with it, by name.
+        outside_modules (`Callable[[], list[torch.nn.Module]]`, *optional*): returns the modules outside of `model` that
+            the training loop calls.
         seed (`int`, defaults to 0): seed of the stochastic rounding of 16-bit weights.
 
     Attributes:
-        models (`list[torch.nn.Module]`): `model`, and other models that own parameters of `outside`.
+        models (`list[torch.nn.Module]`): `model`, and the other models that own `outside_parameters`.
         selected (`dict[str, torch.Tensor]`): the parameters to perturb, by name.
 
     Raises:
@@ -66,8 +66,8 @@ class Backend(abc.ABC):
         ascent_sync: str = "global",
         target: list[str] | None = None,
         exclude: list[str] | None = None,
-        outside: Callable[["Backend"], dict[str, torch.Tensor]] = lambda backend: {},
-        companions: Callable[[], list[torch.nn.Module]] = list,
+        outside_parameters: Callable[["Backend"], dict[str, torch.Tensor]] = lambda backend: {},
+        outside_modules: Callable[[], list[torch.nn.Module]] = list,
         seed: int = 0,
     ):
         self.accelerator = accelerator
@@ -78,18 +78,18 @@ class Backend(abc.ABC):
         self.seed = seed
         self._target = target
         self._exclude = exclude
-        self._find_outside = outside
-        self._companions = companions
+        self._find_outside_parameters = outside_parameters
+        self._find_outside_modules = outside_modules
         self._trainable: dict[str, torch.Tensor] = {}
         self._hooks = 0
         self._outside: dict[str, torch.Tensor] = {}
         self._bystanders: list[torch.Tensor] = []
-        self._set_aside: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._saved_grads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._select()
 
     def _select(self) -> None:
-        """Bring the parameters to perturb up to date: some may have been frozen, unfrozen, or replaced."""
-        trainable, outside = trainable_parameters(self.model), self._find_outside(self)
+        """Update the parameters to perturb, since some may have been frozen, unfrozen or replaced."""
+        trainable, outside = trainable_parameters(self.model), self._find_outside_parameters(self)
         for name, param in outside.items():
             trainable[f"outside {name}" if name in trainable else name] = param
         hooks = count_hooks(trainable.values())
@@ -101,10 +101,11 @@ class Backend(abc.ABC):
         self._outside = outside
         names = select_names(trainable, self._target, self._exclude)
         self.selected = {name: param for name, param in trainable.items() if name in names}
-        # As the loop calls them: accelerate keeps its models without what DDP wraps around them.
-        owners = [model for model in (*self._companions(), *self.accelerator._models) if _owns(model, outside.values())]
+        # Modules that the loop calls come first, since accelerate may keep its models without their DDP wrapper.
+        candidates = (*self._find_outside_modules(), *self.accelerator._models)
+        owners = [model for model in candidates if _owns(model, outside.values())]
         self.models = [self.model, *(model for model in owners if model is not self.model)]
-        # Devices whose random streams a forward pass may draw from.
+        # Devices whose random generators a forward pass may use.
         replicas = [
             torch.device(self.accelerator.device.type, i)
             for model in self.models
@@ -115,36 +116,37 @@ class Backend(abc.ABC):
         self.weight_caches = WeightCaches(self.models)
 
     def begin_step(self, bystanders: Iterable[torch.Tensor] = ()) -> None:
-        """Before the ascent pass.
+        """Called before the ascent pass.
 
         Args:
-            bystanders (`Iterable[torch.Tensor]`): parameters that the passes may reach but this step does not train.
+            bystanders (`Iterable[torch.Tensor]`): trainable parameters that the passes may use but this step does not
+                train.
         """
-        self._set_aside = []  # of the step before
+        self._saved_grads = []  # of the previous step
         self._select()
         inside = {id(param) for param in self._trainable.values()}
         self._bystanders = [param for param in bystanders if id(param) not in inside]
-        # Their gradients are the loop's own: the ascent pass adds nothing to them, the descent pass what plain
-        # training would.
-        self._set_aside = [(param, param.grad) for param in (*self._outside.values(), *self._bystanders)]
-        for param, _ in self._set_aside:
+        # The loop owns the gradients of these parameters: the ascent pass must not change them, and the descent pass
+        # adds the same as plain training.
+        self._saved_grads = [(param, param.grad) for param in (*self._outside.values(), *self._bystanders)]
+        for param, _ in self._saved_grads:
             param.grad = None
 
-    def touched_bystanders(self) -> list[torch.Tensor]:
-        """After the ascent pass: the parameters that got a gradient, but do not climb."""
+    def bystanders_with_gradient(self) -> list[torch.Tensor]:
+        """After the ascent pass: the parameters that got a gradient but are not perturbed."""
         return [param for param in self._bystanders if param.grad is not None]
 
     def ascent_pass(self) -> contextlib.AbstractContextManager:
-        """Around all forwards and backwards of the ascent pass."""
+        """Context around all forward and backward passes of the ascent pass."""
         return contextlib.nullcontext()
 
     def descent_pass(self) -> contextlib.AbstractContextManager:
-        """Around the perturbation and all forwards and backwards at the perturbed weights."""
+        """Context around the perturbation and all forward and backward passes at the perturbed weights."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around one micro-batch of a pass: gradients are synchronized over the ranks in the last one only."""
+        """Context around one micro-batch; only the last one synchronizes gradients over the ranks."""
         with contextlib.ExitStack() as stack:
             if not last and not self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
                 for model in self.models:
@@ -156,37 +158,37 @@ class Backend(abc.ABC):
         return [param for group in optimizer.param_groups for param in group["params"]]
 
     def keeps_frozen_parameters(self) -> bool:
-        """Whether frozen parameters are whole between passes, so that a forward pass could update them."""
+        """Whether frozen parameters stay unsharded between passes, so that a forward pass could update them."""
         return True
 
-    def is_own_attribute(self, name: str) -> bool:
-        """Whether an attribute of a module belongs to what trains it, and is not to be put back."""
+    def is_engine_attribute(self, name: str) -> bool:
+        """Whether a module attribute belongs to the training engine and must not be restored."""
         return False
 
-    def room_for_copies(self) -> int:
-        """Bytes that the first step may hold in copies during the ascent pass without raising the peak of memory."""
+    def copy_budget(self) -> int:
+        """Bytes of copies that the ascent pass may hold in the first step without raising the peak memory."""
         return 0
 
-    def runs_uneven_inputs(self) -> bool:
-        """Whether some ranks may have run out of data, so that there must be no collective but those of the model."""
+    def has_uneven_inputs(self) -> bool:
+        """Whether some ranks may have run out of data, so that only the collectives of the model are allowed."""
         return False
 
     @torch.no_grad()
     def perturb(self, rho: float, *, step: int = 0, measure: bool = False) -> Perturbation:
-        """Move the weights from w to w + e along the gradients that are there, then clear the gradients.
+        """Perturb the weights from w to w + e with the accumulated gradients, then clear the gradients.
 
         Args:
             rho (`float`): radius of the perturbation.
             step (`int`, defaults to 0): optimizer step; part of the seed of stochastic rounding.
-            measure (`bool`, defaults to `False`): whether to measure what of e the weights kept.
+            measure (`bool`, defaults to `False`): whether to measure how much of e is left in the stored weights.
 
         Returns:
             [`~hf_sam.step.perturbation.Perturbation`]: norm and checks, as tensors on the device.
         """
         fragments = self._fragments()
-        norm = self._total(fragments, perturbation.squared_norms(fragments, self.variant)).sqrt()
-        finite = self._agree(torch.isfinite(norm))
-        fragments = self._hold(fragments)
+        norm = self._sum_over_ranks(fragments, perturbation.squared_norms(fragments, self.variant)).sqrt()
+        finite = self._finite_on_all_ranks(torch.isfinite(norm))
+        fragments = self._save_weights(fragments)
         moved = perturbation.apply(
             fragments,
             self.variant,
@@ -199,17 +201,17 @@ class Backend(abc.ABC):
         self.weight_caches.clear()
         kept = None
         if measure:
-            kept = self._total(fragments, [along for along, _ in moved])
-            kept = kept / self._total(fragments, [length for _, length in moved])
+            kept = self._sum_over_ranks(fragments, [along for along, _ in moved])
+            kept = kept / self._sum_over_ranks(fragments, [length for _, length in moved])
         self.clear_gradients()
         return Perturbation(norm=norm, finite=finite, kept=kept)
 
     def restore(self, after_error: bool = False) -> None:
-        """Give the weights their unperturbed values back, bit for bit; does nothing if they have them.
+        """Restore the unperturbed weights bitwise; does nothing if they are not perturbed.
 
         Args:
-            after_error (`bool`, defaults to `False`): whether an exception is on its way out, so that other ranks
-                may not be here.
+            after_error (`bool`, defaults to `False`): whether an exception is propagating, so that other ranks may not
+                call this method.
         """
         try:
             self._restore(after_error)
@@ -217,59 +219,59 @@ class Backend(abc.ABC):
             self.weight_caches.clear()
 
     def clear_gradients(self) -> None:
-        """Drop every gradient of the step, also those kept outside of the parameters."""
+        """Clear all gradients of the step, including those stored outside of the parameters."""
         for param in self.model.parameters():
             param.grad = None
-        for param, grad in self._set_aside:
+        for param, grad in self._saved_grads:
             param.grad = grad
 
     def loss_scale(self, scalers: list[torch.amp.GradScaler]) -> torch.Tensor | float:
-        """Factor by which fp16 training multiplies the loss, and so the ascent gradient (1 elsewhere).
+        """Factor by which fp16 training scales the loss and the ascent gradient; 1 without fp16.
 
         Args:
-            scalers (`list[torch.amp.GradScaler]`): those that the ascent pass used.
+            scalers (`list[torch.amp.GradScaler]`): the scalers that the ascent pass used.
         """
         if not scalers:
             return 1.0
-        # `get_scale()` would wait for the device; scaling a one does not.
+        # `get_scale()` would wait for the device; scaling the number 1 does not.
         return scalers[0].scale(torch.ones((), device=self.accelerator.device))
 
-    def has_coarse_weights(self) -> bool:
-        """Whether some perturbed weight exists in 16 bits only, so that e reaches it dithered instead of exactly."""
+    def has_low_precision_weights(self) -> bool:
+        """Whether a perturbed weight exists only in 16 bits, so that e is rounded stochastically instead of exact."""
         return any(is_low_precision(param.dtype) for param in self.selected.values())
 
-    # What a subclass has to say.
+    # Interface of a subclass.
 
     @abc.abstractmethod
     def _fragments(self) -> list[Fragment]:
-        """The selected weights on this rank that have a gradient; `master` may still be the weight itself."""
+        """The selected weights on this rank that have a gradient; `master` may be the weight itself."""
 
     @abc.abstractmethod
     def _restore(self, after_error: bool) -> None:
         """See [`Backend.restore`]."""
 
-    def _hold(self, fragments: list[Fragment]) -> list[Fragment]:
-        """The same fragments with masters that keep w while the weights are perturbed."""
+    def _save_weights(self, fragments: list[Fragment]) -> list[Fragment]:
+        """Return the same fragments with masters that hold w exactly while the weights are perturbed."""
         return fragments
 
     def _publish(self) -> None:  # noqa: B027  (nothing to do where no weight is sharded)
-        """Bring perturbed shards to whoever computes with them."""
+        """Make changed shards visible to the next forward pass on all ranks."""
 
-    def _total(self, fragments: list[Fragment], values: list[torch.Tensor]) -> torch.Tensor:
-        """Sum of one fp32 number per fragment over this rank and all ranks that hold other shards."""
+    def _sum_over_ranks(self, fragments: list[Fragment], values: list[torch.Tensor]) -> torch.Tensor:
+        """Sum one fp32 number per fragment over this rank and all ranks with other shards; shape `()`."""
         device = self.accelerator.device
         return torch.stack([value.to(device) for value in values]).sum() if values else torch.zeros((), device=device)
 
-    def _agree(self, finite: torch.Tensor) -> torch.Tensor:
-        """The verdict that all ranks share; a norm over all shards is shared already."""
+    def _finite_on_all_ranks(self, finite: torch.Tensor) -> torch.Tensor:
+        """Whether the gradient is finite on all ranks. A norm over all shards is the same on all ranks already."""
         return finite
 
     def _noise(self, step: int) -> Callable[[Fragment], torch.Generator]:
-        """Random generators for stochastic rounding, one for each piece of a parameter.
+        """Random generators for stochastic rounding, one per fragment.
 
-        A pure function of seed, step, parameter and place in it: the global stream stays as in plain training, a
-        resumed run draws what the uninterrupted one would have drawn, replicas of a piece draw the same, and different
-        pieces do not.
+        Each is a pure function of seed, step, parameter and place. So the global random state stays as in plain
+        training, a resumed run draws the same numbers as an uninterrupted one, and only replicas of a fragment share
+        their numbers.
         """
         generators: dict[torch.device, torch.Generator] = {}
 

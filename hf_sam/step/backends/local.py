@@ -1,8 +1,8 @@
-"""Weights in ordinary parameters: one device, DDP, and FSDP2, whose DTensors hold this rank's shard.
+"""Backend for weights in ordinary parameters: one device, DDP, and FSDP2 (DTensor shards).
 
-The trainable weights (or shards) are copied aside, e is added in place, and the copy is copied back into the same
-storage, which FSDP2, compiled graphs and views of it go on using. Cost: one copy of the trainable weights while the
-descent pass runs.
+The trainable weights (or shards) are cloned, e is added in place, and the clone is copied back into the same storage,
+because FSDP2, compiled graphs and views keep referring to it. Cost: one copy of the trainable weights during the
+descent pass.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...runtime.sharding import local_piece
 from ..perturbation import Fragment
 from .base import Backend
-from .ddp import check_replicas, joins_uneven_inputs, replayed_hook_states
+from .ddp import check_replicas, is_in_join_context, replayed_hook_states
 
 
 class LocalBackend(Backend):
@@ -38,15 +38,15 @@ class LocalBackend(Backend):
         super().begin_step(bystanders)
         if any(param.grad is not None for param in self._trainable.values()):
             raise RuntimeError(
-                "SAM found gradients from before its step, which would turn the ascent direction and then be lost. "
-                "After each optimizer step call `model.zero_grad()`, or freeze the parameters that the optimizer does "
+                "SAM found gradients from before its step, which would change the ascent direction and then be lost. "
+                "Call `model.zero_grad()` after each optimizer step, or freeze the parameters that the optimizer does "
                 "not train; accumulate micro-batches under `accelerator.accumulate(model)`, not by hand; add penalties "
                 "to the loss of the step."
             )
-        if self.ascent_sync == "local" and self.accelerator.num_processes > 1 and self.runs_uneven_inputs():
+        if self.ascent_sync == "local" and self.accelerator.num_processes > 1 and self.has_uneven_inputs():
             raise RuntimeError(
-                "sam_ascent_sync='local' lets all ranks agree on whether their gradients are finite, but under "
-                "join_uneven_inputs some ranks may be gone. Use sam_ascent_sync='global', or even inputs."
+                "sam_ascent_sync='local' needs an all-reduce to check that gradients are finite, but under "
+                "join_uneven_inputs some ranks may not take part. Use sam_ascent_sync='global', or even inputs."
             )
 
     @contextlib.contextmanager
@@ -59,15 +59,15 @@ class LocalBackend(Backend):
             yield
 
     def keeps_frozen_parameters(self):
-        # What FSDP2 gathers it frees again, so that a forward pass cannot keep a change.
+        # FSDP2 frees gathered parameters after use, so a forward pass cannot update them.
         return not self._fsdp_modules
 
-    def room_for_copies(self):
-        # As much as the copy of the weights takes in the descent pass.
+    def copy_budget(self):
+        # As much as the copy of the weights during the descent pass.
         return sum(local_piece(param).nbytes for param in self.selected.values())
 
-    def runs_uneven_inputs(self):
-        return any(joins_uneven_inputs(model) for model in self.models)
+    def has_uneven_inputs(self):
+        return any(is_in_join_context(model) for model in self.models)
 
     @torch.no_grad()
     def _restore(self, after_error: bool) -> None:
@@ -77,7 +77,7 @@ class LocalBackend(Backend):
         try:
             torch._foreach_copy_(weights, copies)
         except BaseException:
-            # A second Ctrl-C here must not leave half of the weights perturbed: copying twice does no harm.
+            # A second Ctrl-C must not leave some of the weights perturbed. Copying twice is safe.
             torch._foreach_copy_(weights, copies)
             raise
         finally:
@@ -93,7 +93,7 @@ class LocalBackend(Backend):
                 continue
             grad, place = param.grad, ""
             if isinstance(param, DTensor):
-                # Sequence parallelism leaves sums that are still to be taken over the ranks.
+                # Sequence parallelism leaves partial sums that must be reduced over the ranks.
                 grad = grad.redistribute(param.device_mesh, param.placements).to_local()
                 place = _place(param)
             elif grad.is_sparse:
@@ -104,11 +104,11 @@ class LocalBackend(Backend):
             fragments.append(Fragment(name=name, weight=weight, master=weight, grad=grad, place=place, pairs=pairs))
         return fragments
 
-    def _hold(self, fragments):
+    def _save_weights(self, fragments):
         copies = [torch.empty_like(fragment.weight) for fragment in fragments]
         if fragments:
             torch._foreach_copy_(copies, [fragment.weight for fragment in fragments])
-        # Registered before the first weight changes, so that an interrupt at any point can be undone.
+        # Assigned before any weight changes, so that an interrupt at any point can be undone.
         self._saved = [(fragment.weight, copy) for fragment, copy in zip(fragments, copies, strict=True)]
         return [dataclasses.replace(fragment, master=copy) for fragment, copy in zip(fragments, copies, strict=True)]
 
@@ -116,12 +116,12 @@ class LocalBackend(Backend):
         self._reshard()
 
     def _reshard(self):
-        # FSDP2 may be told to keep gathered weights after the backward; those would hide a change of the shards.
+        # With reshard_after_backward=False, FSDP2 keeps gathered weights, which would hide a change of the shards.
         for module in self._fsdp_modules:
             module.reshard()
 
     def _abandon_iteration(self):
-        # An error leaves gathered, perturbed weights behind, and gradients that were not reduced yet.
+        # An error may leave gathered perturbed weights and unreduced gradients behind.
         for module in self._fsdp_modules[:1]:
             if hasattr(module, "reset_iter_state"):  # torch 2.13
                 module.reset_iter_state()
@@ -132,16 +132,16 @@ class LocalBackend(Backend):
                 if hasattr(param, "_unsharded_param"):
                     param._unsharded_param.grad = None
 
-    def _total(self, fragments, values):
+    def _sum_over_ranks(self, fragments, values):
         device = self.accelerator.device
         by_name = {fragment.name: value.to(device) for fragment, value in zip(fragments, values, strict=True)}
         zero = torch.zeros((), device=device)
-        # One sum per set of mesh dimensions that shards a parameter; replicated dimensions hold the same values and
-        # are not summed over. All ranks walk all selected parameters, with or without gradient, in the same order.
-        alone = self._unsynchronized()
+        # One sum per set of mesh dimensions that shard a parameter. Replicated dimensions hold the same values and are
+        # not summed over. All ranks iterate over all selected parameters, with or without gradient, in the same order.
+        unsynchronized = self._unsynchronized()
         sums: dict[tuple, list[torch.Tensor]] = {}
         for name, param in self.selected.items():
-            if name not in alone:
+            if name not in unsynchronized:
                 sums.setdefault(_shard_groups(param), []).append(by_name.get(name, zero))
         total = zero
         for groups, parts in sums.items():
@@ -149,17 +149,17 @@ class LocalBackend(Backend):
             for group in groups:
                 dist.all_reduce(value, group=group)
             total = total + value
-        if alone:
-            # Nobody averages their gradients over the ranks, but all ranks must divide by one norm.
-            value = torch.stack([by_name.get(name, zero) for name in self.selected if name in alone]).sum()
+        if unsynchronized:
+            # Their gradients are not averaged over the ranks, but all ranks must divide by the same norm.
+            value = torch.stack([by_name.get(name, zero) for name in self.selected if name in unsynchronized]).sum()
             total = total + self.accelerator.reduce(value, reduction="mean")
         return total
 
     def _unsynchronized(self) -> set[str]:
-        """Selected parameters outside of all models that DDP synchronizes, where there are several ranks."""
+        """Selected parameters whose gradients DDP does not synchronize; empty with a single rank."""
         if not self._outside or self.accelerator.num_processes == 1:
             return set()
-        if self.ascent_sync == "local" or self.runs_uneven_inputs():
+        if self.ascent_sync == "local" or self.has_uneven_inputs():
             return set()
         synchronized = [self.model, *(model for model in self.models if isinstance(model, DistributedDataParallel))]
         owned = {id(param) for model in synchronized for param in model.parameters()}
@@ -167,16 +167,16 @@ class LocalBackend(Backend):
             name for name, param in self.selected.items() if id(param) not in owned and not isinstance(param, DTensor)
         }
 
-    def _agree(self, finite):
+    def _finite_on_all_ranks(self, finite):
         if self.ascent_sync == "global" or self.accelerator.num_processes == 1:
             return finite
-        verdict = finite.to(torch.int32)
-        dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
-        return verdict.bool()
+        finite = finite.to(torch.int32)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return finite.bool()
 
 
 def _shard_groups(param: torch.Tensor) -> tuple:
-    """Process groups over which `param` is cut into disjoint shards."""
+    """Process groups over which `param` is sharded."""
     if not isinstance(param, DTensor):
         return ()
     mesh = param.device_mesh
@@ -184,7 +184,7 @@ def _shard_groups(param: torch.Tensor) -> tuple:
 
 
 def _place(param: DTensor) -> str:
-    """Coordinates of the shard on this rank, the same on all ranks that hold a replica of it."""
+    """Coordinates of this rank's shard in the mesh; the same on all ranks with a replica of the shard."""
     mesh = param.device_mesh
     return ".".join(
         str(mesh.get_local_rank(dim)) for dim, placement in enumerate(param.placements) if not placement.is_replicate()

@@ -1,11 +1,11 @@
-"""What the DeepSpeed ZeRO backends share: driving the engine twice for one optimizer step.
+"""Common base of the DeepSpeed ZeRO backends: two passes of the engine per optimizer step.
 
-Accelerate's wrapper calls `engine.step()` inside `backward` at the accumulation boundary. The ascent pass needs that
-boundary, because there ZeRO reduces and partitions the gradients, but not the step; the descent pass needs the step.
-So the engine's `step` is shadowed on the instance while a pass runs, and given back afterwards.
+Accelerate's wrapper calls `engine.step()` inside `backward` at the accumulation boundary. ZeRO reduces and partitions
+the gradients at this boundary, so the ascent pass needs the boundary but not the step; the descent pass needs both.
+Therefore `engine.step` is overridden on the instance during each pass.
 
-The optimizer's fp32 masters hold w exactly and are never touched by the perturbation; the step starts from them and
-rewrites the 16-bit weights, so after a normal step there is nothing to restore and nothing was copied.
+The perturbation never touches the optimizer's fp32 masters, which hold w exactly. The optimizer step updates the
+masters and rewrites the 16-bit weights from them, so a normal step needs neither a copy nor a restore.
 """
 
 import abc
@@ -24,20 +24,20 @@ from .base import Backend
 logger = get_logger(__name__)
 
 _PEER_TIMEOUT_SECONDS = 30.0
-# What DeepSpeed counts and keeps on the modules of the user, besides what begins with `ds_`.
+# Attributes that DeepSpeed sets on modules, in addition to those that start with `ds_`.
 _MODULE_ATTRIBUTES = frozenset(
     {"applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn", "_external_params", "_original_parameters"}
 )
 
 
 class ZeroBackend(Backend):
-    """Base of the ZeRO backends.
+    """Base class of the ZeRO backends.
 
     Raises:
-        RuntimeError: if the installed DeepSpeed lacks one of the internal names that a subclass relies on.
+        RuntimeError: if the installed DeepSpeed lacks an internal attribute that a subclass uses.
     """
 
-    # Names on DeepSpeed's ZeRO optimizer that are not public API; checked once, at the start.
+    # Attributes of DeepSpeed's ZeRO optimizer that are not public API; checked at construction.
     private_names: tuple[str, ...] = ()
 
     def __init__(self, accelerator, model, **kwargs):
@@ -46,21 +46,22 @@ class ZeroBackend(Backend):
         missing = [name for name in self.private_names if not hasattr(self.optimizer, name)]
         if missing or not hasattr(self.engine, "was_step_applied"):
             raise RuntimeError(
-                f"hf-sam drives ZeRO stage {self.engine.zero_optimization_stage()} through internals that DeepSpeed "
-                f"{version('deepspeed')} does not have on {type(self.optimizer).__name__}: {', '.join(missing)}. "
-                "Install a DeepSpeed release that hf-sam is tested with (see its README), or train with FSDP2."
+                f"For ZeRO stage {self.engine.zero_optimization_stage()}, hf-sam uses internal attributes of "
+                f"{type(self.optimizer).__name__} that DeepSpeed {version('deepspeed')} does not have: "
+                f"{', '.join(missing)}. Install a DeepSpeed release that hf-sam is tested with (see its README), or "
+                "train with FSDP2."
             )
         super().__init__(accelerator, model, **kwargs)
         self._perturbed = False
 
     def begin_step(self, bystanders=()):
         super().begin_step(bystanders)
-        # DeepSpeed keeps the last gradient of a parameter that a backward pass leaves out (an expert, say); in the
-        # ascent gradient it would count again.
+        # DeepSpeed keeps the previous gradient of a parameter that a backward pass does not reach (e.g. an unused
+        # expert). It must not become part of the ascent gradient.
         self._reset_accumulation()
 
     def ascent_pass(self):
-        return self._shadowed_step(lambda *args, **kwargs: None)  # the boundary without the step
+        return self._overridden_step(lambda *args, **kwargs: None)  # the boundary without the step
 
     @contextlib.contextmanager
     def descent_pass(self):
@@ -69,23 +70,23 @@ class ZeroBackend(Backend):
         def step(*args, **kwargs):
             self._before_engine_step()
             result = engine_step(*args, **kwargs)
-            # A skipped step (overflow, the same verdict on all ranks) leaves the perturbed weights in place.
+            # A step that is skipped because of an overflow (on all ranks alike) leaves the perturbed weights in place.
             self._perturbed = not self.engine.was_step_applied()
             return result
 
-        with self._shadowed_step(step):
+        with self._overridden_step(step):
             yield
 
     @contextlib.contextmanager
-    def _shadowed_step(self, step):
+    def _overridden_step(self, step):
         calls = itertools.count()
 
         def once(*args, **kwargs):
             if next(calls) > 0:
                 raise RuntimeError(
-                    "DeepSpeed reached the end of a step twice in one pass of SAM, because it steps inside of each "
-                    "backward pass. Add the losses of the micro-batches up before one backward pass, or call the "
-                    "SAMStep with each micro-batch under accelerator.accumulate."
+                    "DeepSpeed reached the end of a step twice in one pass of SAM, because it steps inside each "
+                    "backward pass. Sum the losses of the micro-batches and call backward once, or call the SAMStep "
+                    "for each micro-batch under accelerator.accumulate."
                 )
             return step(*args, **kwargs)
 
@@ -95,11 +96,11 @@ class ZeroBackend(Backend):
         finally:
             del self.engine.step
 
-    def is_own_attribute(self, name):
+    def is_engine_attribute(self, name):
         return name.startswith("ds_") or name in _MODULE_ATTRIBUTES
 
     def micro_batch(self, last):
-        # As in the host's loop: ZeRO takes the boundary from `sync_gradients` and forbids `no_sync`.
+        # As in `Trainer`: ZeRO takes the boundary from `sync_gradients` and forbids `no_sync`.
         return contextlib.nullcontext()
 
     @torch.no_grad()
@@ -108,12 +109,12 @@ class ZeroBackend(Backend):
             return
         if after_error and not _all_ranks_arrive():
             logger.error(
-                "An error in the descent pass did not reach all ranks, so the perturbed weights of this process could "
-                "not be gathered back. Its fp32 master weights are intact; resume from the last checkpoint.",
+                "An error in the descent pass did not reach all ranks, so this process could not restore its perturbed "
+                "weights with a collective. The fp32 master weights are intact. Resume from the last checkpoint.",
                 main_process_only=False,
             )
             return
-        self._put_back()
+        self._rewrite_weights()
         self._perturbed = False
 
     def clear_gradients(self):
@@ -123,34 +124,34 @@ class ZeroBackend(Backend):
     def loss_scale(self, scalers):
         return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else super().loss_scale(scalers)
 
-    def has_coarse_weights(self):
+    def has_low_precision_weights(self):
         return is_low_precision(self.optimizer.master_weights_and_grads_dtype)
 
-    def _total(self, fragments, values):
-        total = super()._total(fragments, values)
+    def _sum_over_ranks(self, fragments, values):
+        total = super()._sum_over_ranks(fragments, values)
         dist.all_reduce(total, group=self.optimizer.dp_process_group)
         return total
 
-    # What a subclass has to say.
+    # Interface of a subclass.
 
     def _before_engine_step(self) -> None:
-        """Last moment before the optimizer reads its masters."""
+        """Called before the optimizer reads its masters."""
 
     @abc.abstractmethod
-    def _put_back(self) -> None:
-        """Rewrite the weights of all ranks from what holds w exactly; a collective."""
+    def _rewrite_weights(self) -> None:
+        """Rewrite the weights of all ranks from the exact copies of w; a collective."""
 
     @abc.abstractmethod
     def _reset_accumulation(self) -> None:
-        """Make the optimizer forget the ascent gradients, as its own step would."""
+        """Clear the ascent gradients in the optimizer, as its own step does."""
 
 
-# Counts the errors of this process, so that each has a key of its own in the store, across backends.
+# Counts the errors of this process, so that each error has its own key in the store.
 _errors = itertools.count()
 
 
 def _all_ranks_arrive() -> bool:
-    """Wait a little for the other ranks without a collective, which would hang if one of them is gone."""
+    """Wait for the other ranks with a timeout. A collective would hang if a rank is missing."""
     world = dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
     key = f"hf_sam/restore/{next(_errors)}"

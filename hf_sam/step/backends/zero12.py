@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO stages 1 and 2: whole weights on every rank, fp32 masters and gradients in one partition a rank.
+"""DeepSpeed ZeRO stages 1 and 2: whole weights on every rank; fp32 masters and gradients partitioned over the ranks.
 
-Each rank writes cast(master + e) into its partition of the flat weights and an all-gather spreads it, which is what
-the optimizer's own step does with the updated masters. No copy of the weights is made.
+Each rank writes cast(master + e) into its partition of the flat weights, followed by an all-gather, as in the step of
+DeepSpeed's optimizer. No copy of the weights is needed.
 """
 
 import torch.distributed as dist
@@ -46,7 +46,7 @@ class Zero12Backend(ZeroBackend):
         optimizer = self.optimizer
         names = {id(param): name for name, param in self.selected.items()}
         if optimizer.cpu_offload:
-            # Gradients are on their way to the CPU; the optimizer's own step waits for them too.
+            # Gradients are copied to the CPU asynchronously.
             get_accelerator().synchronize()
         fragments = []
         for group, params in enumerate(optimizer.params_in_partition):
@@ -57,7 +57,7 @@ class Zero12Backend(ZeroBackend):
             for param in params:
                 if id(param) not in names:
                     continue
-                # Where in the partition the parameter lies; its first elements may be in the partition before.
+                # Offset of the parameter in the partition. Its first elements may be in the previous partition.
                 key = optimizer.get_param_id(param)
                 start = int(optimizer.grad_partition_insertion_offset[group][rank][key])
                 skipped = int(optimizer.grad_start_offset[group][rank][key])
@@ -74,7 +74,7 @@ class Zero12Backend(ZeroBackend):
         return fragments
 
     def _partition_gradients(self, group):
-        """Access to the reduced gradients of this rank's partition, by start and length."""
+        """Return a function that takes start and length and returns reduced gradients of this rank's partition."""
         if self.optimizer.cpu_offload:
             flat = self.optimizer.single_partition_of_fp32_groups[group].grad
             return lambda start, numel: flat.narrow(0, start, numel)
@@ -84,7 +84,7 @@ class Zero12Backend(ZeroBackend):
             start += piece.numel()
         return lambda start, numel: pieces[start].detach().reshape(-1).narrow(0, 0, numel)
 
-    def _hold(self, fragments):
+    def _save_weights(self, fragments):
         self._perturbed = True
         return fragments
 
@@ -98,7 +98,7 @@ class Zero12Backend(ZeroBackend):
             allgather_bucket_size=optimizer.allgather_bucket_size,
         )
 
-    def _put_back(self):
+    def _rewrite_weights(self):
         self.optimizer.update_lp_params()
 
     def _reset_accumulation(self):
@@ -108,7 +108,7 @@ class Zero12Backend(ZeroBackend):
         if optimizer.cpu_offload:
             optimizer.reset_cpu_buffers()
             for masters in optimizer.single_partition_of_fp32_groups:
-                # Parameters without gradient in the descent pass must not step on their ascent gradient.
+                # Parameters without gradient in the descent pass must not be updated with their ascent gradient.
                 masters.grad.zero_()
         for group in optimizer.averaged_gradients:
             optimizer.averaged_gradients[group] = None

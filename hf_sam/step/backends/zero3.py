@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO stage 3: every parameter lives as one flat shard a rank and is gathered when it is used.
+"""DeepSpeed ZeRO stage 3: each parameter has one flat shard per rank and is gathered for use.
 
-Each rank writes cast(master + e) into its shards; the forward pass gathers perturbed weights by itself. Small
-parameters that DeepSpeed keeps gathered are partitioned before the change and gathered again after it. Where weights
-train in fp32, DeepSpeed lets the shards be the masters; only those are copied aside, and put back before the step.
+Each rank writes cast(master + e) into its shards, and the forward pass gathers the perturbed weights. Small parameters
+that DeepSpeed keeps gathered are partitioned before the change and gathered again after it. For fp32 weights, the
+shards are the masters themselves; only these are cloned, and restored before the optimizer step.
 """
 
 import dataclasses
@@ -37,20 +37,20 @@ class Zero3Backend(ZeroBackend):
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keeps_frozen_parameters(self):
-        return False  # gathered for a forward pass only, which cannot keep a change
+        return False  # gathered only for use, so a forward pass cannot update them
 
     def parameters_of(self, optimizer):
         return []  # DeepSpeed partitions nothing outside of the model
 
     def _select(self):
         super()._select()
-        # A parameter that was frozen when DeepSpeed set its optimizer up is not in it, and does not train.
+        # DeepSpeed's optimizer does not train parameters that were frozen when it was created.
         positions, key = self.optimizer.grad_position, self.optimizer.get_param_id
         self.selected = {name: param for name, param in self.selected.items() if key(param) in positions}
 
     def _fragments(self):
         if self.optimizer.offload_optimizer:
-            # Gradients are on their way to the CPU; the optimizer's own step waits for them too.
+            # Gradients are copied to the CPU asynchronously.
             get_accelerator().synchronize()
         return [
             Fragment(
@@ -64,10 +64,10 @@ class Zero3Backend(ZeroBackend):
         ]
 
     def _master(self, param):
-        # Where it lies, unlike DeepSpeed's public accessors, which bring offloaded shards to the accelerator first.
+        # Not DeepSpeed's public accessors, which copy offloaded shards to the accelerator.
         return self.optimizer._get_fp32_opt_state_partition(param, release_swap_buffers=True)[0].detach().view(-1)
 
-    def _hold(self, fragments):
+    def _save_weights(self, fragments):
         self._perturbed = True
         self.optimizer._partition_all_parameters()
         held = []
@@ -83,7 +83,7 @@ class Zero3Backend(ZeroBackend):
         if persistent:
             persistent[0].all_gather(persistent)
         else:
-            # The next forward pass gathers the shards on a stream of its own, which does not wait for this one.
+            # The next forward pass gathers the shards on another stream, which does not wait for the current one.
             get_accelerator().synchronize()
 
     def _before_engine_step(self):
@@ -91,7 +91,7 @@ class Zero3Backend(ZeroBackend):
             weight.copy_(copy)
         self._saved = []
 
-    def _put_back(self):
+    def _rewrite_weights(self):
         self.optimizer._partition_all_parameters()
         self._before_engine_step()
         for param in self.selected.values():
@@ -102,9 +102,9 @@ class Zero3Backend(ZeroBackend):
 
     def _reset_accumulation(self):
         optimizer = self.optimizer
-        # Also resets the counters that decide whether the next backward starts or continues an accumulation.
+        # Also resets the counters that decide whether the next backward pass starts a new accumulation.
         optimizer.zero_grad(set_to_none=True)
-        # A parameter without gradient in the descent pass (an expert that is not routed to) must find zeros here.
+        # Parameters without gradient in the descent pass (e.g. unused experts) must have zeros here.
         optimizer.grad_partitions_flat_buffer.zero_()
         if optimizer.offload_optimizer:
             optimizer.reset_cpu_buffers()

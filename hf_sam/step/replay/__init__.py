@@ -1,11 +1,11 @@
-"""Computing a micro-batch a second time without leaving a trace of it.
+"""Compute a micro-batch a second time without side effects.
 
-The descent pass must see what the ascent pass saw (inputs, dropout masks, states of modules, the loop's own random
-generators), and whatever a forward pass advances must advance once a step, as in plain training.
+The descent pass must start from the same state as the ascent pass: inputs, dropout masks, module states, and the random
+generators of the loop. States that a forward pass advances must advance once per step, as in plain training.
 """
 
+from .disabled import disable_method
 from .inputs import KeptInputs
-from .muted import muted
 from .random_streams import RandomState
 from .reach import reach, reach_class
 from .snapshot import Snapshot
@@ -17,7 +17,7 @@ __all__ = [
     "Snapshot",
     "World",
     "WorldState",
-    "muted",
+    "disable_method",
     "parameters_reached",
     "reach",
     "reach_class",

@@ -1,4 +1,4 @@
-"""A second copy of a micro-batch, so that the descent pass sees what the ascent pass was given.
+"""Copy a micro-batch, so that the descent pass gets the same inputs as the ascent pass.
 
 `compute_loss` and `forward` may change their inputs in place: mixup, clamped ids, shifted labels, a popped key.
 """
@@ -15,35 +15,35 @@ import torch
 from .kinds import IMMUTABLE_TYPES, attributes, fresh_counter, is_immutable, set_attribute
 from .random_streams import is_generator
 
-# Tensors that are views of something larger are copied by themselves, not with all that lies behind them.
+# A view is copied without its storage if the storage is larger than the view by more than this factor.
 _LARGEST_STORAGE = 2
 
 
 class KeptInputs:
-    """The inputs of a micro-batch as they arrived, for two passes.
+    """The unchanged inputs of a micro-batch, for two passes.
 
     Args:
-        inputs (`Any`): tensors, arrays and objects in containers of any kind. Tensors that share memory do so in the
-            copy too; models, functions and tensors that belong to an autograd graph are shared, not copied.
+        inputs (`Any`): tensors, arrays and objects in any containers. Tensors that share memory also share it in the
+            copy. Models, functions, and tensors in an autograd graph are not copied.
 
     Raises:
-        TypeError: if `inputs` hold an iterator that can be read only once.
+        TypeError: if `inputs` contain an iterator that can be read only once.
     """
 
     def __init__(self, inputs: Any):
         self._given = inputs
         self._copier = _Copier()
-        self._copy = self._copier.copied(inputs)
+        self._copy = self._copier.copy(inputs)
 
     def for_ascent(self, *, last: bool) -> Any:
-        """The very inputs that the loop gave, as in plain training; a copy if the loop has changed them since.
+        """The input objects of the loop, as in plain training; a copy if the loop may have changed them since.
 
         Args:
-            last (`bool`): whether no other micro-batch arrived in between.
+            last (`bool`): whether this is the most recent micro-batch, so that the loop cannot have changed it.
         """
         if last or self._copier.unchanged():
             return self._given
-        return _Copier().copied(self._copy)
+        return _Copier().copy(self._copy)
 
     def for_descent(self) -> Any:
         """The copy."""
@@ -52,26 +52,26 @@ class KeptInputs:
 
 class _Copier:
     def __init__(self):
-        self._copies: dict[int, tuple[Any, Any]] = {}  # by identity, with the original, which must not be freed
+        self._copies: dict[int, tuple[Any, Any]] = {}  # id -> (original, copy); the reference keeps the id unique
         self._storages: dict[int, torch.Tensor] = {}
         self._versions: list[tuple[torch.Tensor, int]] = []
         self._arrays = False
 
     def unchanged(self) -> bool:
-        """Whether what was copied cannot have changed since; of arrays that is not known."""
+        """Whether the originals are certainly unchanged; changes of NumPy arrays cannot be detected."""
         return not self._arrays and all(tensor._version == version for tensor, version in self._versions)
 
-    def copied(self, value: Any) -> Any:
+    def copy(self, value: Any) -> Any:
         if type(value) in IMMUTABLE_TYPES or is_immutable(value):
             return value
         if id(value) not in self._copies:
-            self._copies[id(value)] = (value, value)  # for objects that hold themselves
-            self._copies[id(value)] = (value, self._copied(value))
+            self._copies[id(value)] = (value, value)  # for objects that contain themselves
+            self._copies[id(value)] = (value, self._copy(value))
         return self._copies[id(value)][1]
 
-    def _copied(self, value):
+    def _copy(self, value):
         if isinstance(value, torch.Tensor):
-            return self._copied_tensor(value)
+            return self._copy_tensor(value)
         if isinstance(value, np.ndarray):
             self._arrays = True
             return copy.deepcopy(value) if value.dtype.hasobject else value.copy()
@@ -80,46 +80,46 @@ class _Copier:
         if is_generator(value):
             return value.clone_state() if isinstance(value, torch.Generator) else copy.deepcopy(value)
         if isinstance(value, tuple):
-            return _tuple_like(value, [self.copied(item) for item in value])
+            return _tuple_like(value, [self.copy(item) for item in value])
         if isinstance(value, frozenset):
             return value
         if isinstance(value, Iterator):
-            return _copied_iterator(value)
+            return _copy_iterator(value)
         try:
             result = copy.copy(value)
-        except Exception:  # locks, files, process groups: nothing that a micro-batch is made of
+        except Exception:  # locks, files, process groups: not data of a micro-batch
             return value
         if result is not value:
-            # An object that holds itself finds its copy.
+            # Registered before its content is copied, in case it contains itself.
             self._copies[id(value)] = (value, result)
             self._fill(value, result)
         return result
 
     def _fill(self, value, result):
-        """Copy what is in a shallow copy."""
+        """Replace the content of a shallow copy by copies."""
         if isinstance(value, list | deque):
             for i, item in enumerate(value):
-                result[i] = self.copied(item)
+                result[i] = self.copy(item)
         elif isinstance(value, dict) or (isinstance(value, MutableMapping) and attributes(value) is None):
             for key, item in value.items():
-                if (new := self.copied(item)) is not item:
+                if (new := self.copy(item)) is not item:
                     result[key] = new
         for name, item in (attributes(value) or {}).items():
-            if (new := self.copied(item)) is not item:
+            if (new := self.copy(item)) is not item:
                 set_attribute(result, name, new)
 
-    def _copied_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         in_graph = tensor.requires_grad and not tensor.is_leaf
         if in_graph or isinstance(tensor, torch.nn.Parameter) or tensor.is_inference():
             return tensor
         self._versions.append((tensor, tensor._version))
-        copied = self._with_its_storage(tensor)
+        copied = self._copy_with_storage(tensor)
         if copied is None:
             copied = tensor.detach().clone()
         return copied.requires_grad_(tensor.requires_grad)
 
-    def _with_its_storage(self, tensor):
-        """A copy that shares memory with the copies of all tensors that `tensor` shares memory with."""
+    def _copy_with_storage(self, tensor):
+        """Copy `tensor` and keep the memory it shares with other inputs shared; None if that is not possible."""
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_quantized:
             return None
         if tensor.is_meta or tensor.is_conj() or tensor.is_neg():
@@ -138,18 +138,18 @@ class _Copier:
 
 def _tuple_like(value: tuple, items: list) -> tuple:
     try:
-        return tuple.__new__(type(value), items)  # named tuples take their items one by one, this does not
+        return tuple.__new__(type(value), items)  # also works for named tuples
     except TypeError:
-        return type(value)(items)  # those of torch.return_types
+        return type(value)(items)  # torch.return_types
 
 
-def _copied_iterator(value):
+def _copy_iterator(value):
     if isinstance(value, itertools.count):
         return fresh_counter(value)
     try:
         return copy.copy(value)
     except TypeError:
         raise TypeError(
-            f"SAM computes each micro-batch twice, but its inputs hold a {type(value).__name__}, which can be read "
+            f"SAM computes each micro-batch twice, but its inputs contain a {type(value).__name__}, which can be read "
             "only once. Put a list of its items into the micro-batch instead."
         ) from None

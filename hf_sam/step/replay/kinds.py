@@ -1,4 +1,4 @@
-"""What kinds of objects there are for a replay: values that nothing can change, state, and machinery to leave alone."""
+"""Classify objects for the replay: immutable values, state to restore, and objects of libraries to leave alone."""
 
 import ast
 import datetime
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-# Exact types, for a test that is as fast as a lookup.
+# Exact types, so that the test is a set lookup.
 IMMUTABLE_TYPES = frozenset(
     {
         int,
@@ -52,8 +52,8 @@ IMMUTABLE_TYPES = frozenset(
 _IMMUTABLE_BASES = (enum.Enum, type, pathlib.PurePath, torch.dtype)
 
 # Objects of these packages run the training or hold its data. Their attributes are not state of a forward pass, and
-# putting them back (a communication counter, a tokenizer's truncation) would break them.
-_MACHINERY = frozenset(
+# restoring them (a communication counter, a tokenizer's truncation) would break them.
+_LIBRARIES = frozenset(
     {
         "torch",
         "accelerate",
@@ -75,51 +75,51 @@ _MACHINERY = frozenset(
         "trl",
     }
 )
-# Containers of the standard library that are written in Python, and so are objects with attributes.
+# Modules of the standard library with containers that are plain Python objects with attributes.
 _STANDARD_CONTAINERS = frozenset({"collections", "types"})
 
 
 def is_immutable(value: Any) -> bool:
-    """Whether nothing can change `value`."""
+    """Whether `value` is immutable."""
     kind = type(value)
     return kind in IMMUTABLE_TYPES or isinstance(value, _IMMUTABLE_BASES)
 
 
-def is_machinery(value: Any) -> bool:
-    """Whether `value` belongs to a library that runs the training, or to the standard library (locks, files)."""
-    return is_of_machinery(type(value).__module__)
+def is_library_object(value: Any) -> bool:
+    """Whether the class of `value` comes from a library that runs the training, or from the standard library."""
+    return is_library_module(type(value).__module__)
 
 
-def is_of_machinery(module: str) -> bool:
-    """Whether a Python module of this name belongs to those libraries."""
+def is_library_module(module: str) -> bool:
+    """Whether a Python module of this name belongs to a library that runs the training, or the standard library."""
     root = module.partition(".")[0]
-    return root in _MACHINERY or (root in sys.stdlib_module_names and root not in _STANDARD_CONTAINERS)
+    return root in _LIBRARIES or (root in sys.stdlib_module_names and root not in _STANDARD_CONTAINERS)
 
 
 def fresh_counter(value: itertools.count) -> itertools.count:
-    """Another counter that goes on where this one is; Python has no other way to look at one."""
+    """Create a counter with the same state; `repr` is the only way to read the state of one."""
     return itertools.count(*ast.literal_eval(repr(value).removeprefix("count").replace(")", ",)")))
 
 
 def attributes(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object, those in slots included; `None` if it has no place for any."""
+    """The attributes of an object, including slots; `None` if it cannot have attributes."""
     found = {}
-    has_place = False
+    can_have_attributes = False
     for cls in type(value).__mro__:
         slots = vars(cls).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
-            has_place = True
+            can_have_attributes = True
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
                 found[name] = getattr(value, name)
     own = getattr(value, "__dict__", None)
     if isinstance(own, dict):
-        has_place = True
+        can_have_attributes = True
         found.update(own)
-    return found if has_place else None
+    return found if can_have_attributes else None
 
 
 def set_attribute(value: Any, name: str, content: Any) -> None:
-    """Set an attribute past whatever the class does when one is set."""
+    """Set an attribute without calling `__setattr__` or a property of the class."""
     own = getattr(value, "__dict__", None)
     if isinstance(own, dict) and (name in own or not hasattr(type(value), name)):
         own[name] = content

@@ -1,4 +1,4 @@
-"""The random streams that a forward pass may draw from: the global ones, and generators of one's own."""
+"""Random states that a forward pass may use: the global ones, and those of random generator objects."""
 
 import random
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# How the state of a generator of one's own is read and written.
+# Functions that get and set the state of a generator, by type.
 _GENERATORS = {
     torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
     np.random.Generator: (
@@ -22,7 +22,14 @@ _GENERATORS = {
 
 @dataclass(frozen=True)
 class RandomState:
-    """State of every global random stream that a forward pass may draw from."""
+    """The global random states that a forward pass may use.
+
+    Attributes:
+        python (`Any`): state of `random`.
+        numpy (`Any`): state of `np.random`.
+        cpu (`torch.Tensor`): state of torch on the CPU.
+        devices (`dict[torch.device, torch.Tensor]`): state of torch on each accelerator.
+    """
 
     python: Any
     numpy: Any
@@ -31,7 +38,7 @@ class RandomState:
 
     @classmethod
     def capture(cls, devices: Iterable[torch.device]) -> "RandomState":
-        """State of the streams of Python, NumPy, torch on the CPU and torch on `devices`; waits for none of them."""
+        """Capture the random states of Python, NumPy, torch on the CPU and torch on `devices`, without waiting."""
         accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
         return cls(
             python=random.getstate(),
@@ -41,7 +48,7 @@ class RandomState:
         )
 
     def restore(self) -> None:
-        """Put all streams back to this state."""
+        """Restore all global random states."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
@@ -55,12 +62,12 @@ def is_generator(value: Any) -> bool:
 
 
 def generator_state(generator: Any) -> Any:
-    """The state of a random generator, to be given to [`set_generator_state`]."""
+    """The state of a random generator, for [`set_generator_state`]."""
     return _accessors(generator)[0](generator)
 
 
 def set_generator_state(generator: Any, state: Any) -> None:
-    """Put a random generator back to a state that [`generator_state`] gave."""
+    """Set the state of a random generator to a result of [`generator_state`]."""
     _accessors(generator)[1](generator, state)
 
 

@@ -1,4 +1,4 @@
-"""What a function of the user's can reach: its closure, the globals that it names, and what those hold."""
+"""Find the objects that a user's function can reach: its closure, the globals that it refers to, and their content."""
 
 import functools
 import itertools
@@ -8,34 +8,34 @@ from typing import Any
 
 import torch
 
-from .kinds import IMMUTABLE_TYPES, attributes, is_machinery, is_of_machinery
+from .kinds import IMMUTABLE_TYPES, attributes, is_library_module, is_library_object
 from .random_streams import is_generator
 
 _DEEPEST = 6
-# Of longer containers, which hold data rather than state, the beginning is looked at.
+# Only the first items of longer containers are searched, because they hold data rather than state.
 _LONGEST = 64
-# These are found, not looked into.
-_FOUND = (torch.nn.Module, torch.Tensor, torch.optim.Optimizer)
+# Results of the search; their content is not searched.
+_RESULTS = (torch.nn.Module, torch.Tensor, torch.optim.Optimizer)
 
 
 def reach(root: Any) -> Iterator[tuple[str, Any]]:
-    """Modules, tensors, optimizers, random generators and other objects that `root` holds or, as a function, can name.
+    """Modules, tensors, optimizers and random generators that `root` holds or, if it is a function, refers to.
 
     Args:
         root (`Any`): a function, method, object or container.
 
     Yields:
-        `tuple[str, Any]`: where it was found (`head`, `losses.0`), and the object; each object once. What is inside of
-        modules, and of objects of the libraries that run the training, is not looked for.
+        `tuple[str, Any]`: path of the object (`head`, `losses.0`), and the object; each object once. Modules, and
+        objects of libraries that run the training, are not searched.
     """
     yield from _reach("", root, set(), _DEEPEST)
 
 
 def reach_class(cls: type) -> Iterator[tuple[str, Any]]:
-    """What the methods of a class of the user's can name outside of their object."""
+    """[`reach`] for the methods of a user's class: the objects outside of `self` that they refer to."""
     seen: set[int] = set()
     for base in cls.__mro__:
-        if not is_of_machinery(base.__module__):
+        if not is_library_module(base.__module__):
             for method in vars(base).values():
                 if isinstance(method, types.FunctionType):
                     yield from _reach("", method, seen, _DEEPEST)
@@ -45,7 +45,7 @@ def _reach(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple[
     if depth < 0 or id(value) in seen or (type(value) in IMMUTABLE_TYPES and not callable(value)):
         return
     seen.add(id(value))
-    if isinstance(value, _FOUND) or is_generator(value):
+    if isinstance(value, _RESULTS) or is_generator(value):
         yield name, value
         return
     for part, item in _parts(value):
@@ -54,7 +54,7 @@ def _reach(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple[
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, types.FunctionType):
-        yield from _named_by(value)
+        yield from _referenced_by(value)
     elif isinstance(value, types.MethodType):
         yield "", value.__self__
         yield "", value.__func__
@@ -65,17 +65,17 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
             yield (str(key) if isinstance(key, str | int) else ""), item
     elif isinstance(value, list | tuple | set | frozenset):
         yield from ((str(i), item) for i, item in enumerate(itertools.islice(value, _LONGEST)))
-    elif not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType) and not is_machinery(value):
+    elif not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType) and not is_library_object(value):
         yield from (attributes(value) or {}).items()
 
 
-def _named_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    if is_of_machinery(function.__module__ or ""):
+def _referenced_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    if is_library_module(function.__module__ or ""):
         return
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
-        except ValueError:  # a name that is not bound yet
+        except ValueError:  # the variable is not bound yet
             continue
     yield from ((name, item) for name, item in (function.__kwdefaults__ or {}).items())
     yield from (("", item) for item in function.__defaults__ or ())
@@ -83,7 +83,7 @@ def _named_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name in names:
         found = function.__globals__.get(name)
         if isinstance(found, types.ModuleType):
-            # `losses.head`: of a Python module, what the function names of it.
+            # For `losses.head`, where `losses` is a Python module: the attributes that the function refers to.
             yield from ((part, vars(found)[part]) for part in names if part in vars(found))
         elif found is not None:
             yield name, found
@@ -92,7 +92,7 @@ def _named_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def code_names(function: types.FunctionType) -> Iterator[str]:
-    """Names of the globals and attributes that a function uses, functions in it included."""
+    """Names of the globals and attributes that a function uses, including nested functions."""
     yield from _names(function.__code__)
 
 

@@ -1,4 +1,4 @@
-"""The state of an object and of all that it holds, captured and put back in place."""
+"""Capture the state of objects and everything they contain, and restore it in place."""
 
 import array
 import copy
@@ -10,72 +10,73 @@ from typing import Any
 import numpy as np
 import torch
 
-from .kinds import IMMUTABLE_TYPES, attributes, fresh_counter, is_immutable, is_machinery, set_attribute
+from .kinds import IMMUTABLE_TYPES, attributes, fresh_counter, is_immutable, is_library_object, set_attribute
 from .random_streams import generator_state, is_generator, set_generator_state
 from .tensors import TensorContents
 
-# Records grow for a whole run. What older entries hold is not looked into.
+# Items of longer containers are not captured, because records may grow for the whole run.
 _LONGEST = 4096
 _DEEPEST = 6
 _LARGEST_ARRAY_BYTES = 64 << 20
 
 
 class Snapshot:
-    """What some objects held when they were added.
+    """The state of some objects at the time they were added.
 
-    Containers, arrays, tensors, random generators, modules and objects with attributes are put back in place, so that
-    whoever else holds them sees it.
+    Containers, arrays, tensors, random generators, modules and objects with attributes are restored in place, so that
+    all references to them see the restored state.
 
     Args:
         tensors ([`TensorContents`]): decides which tensors are copied.
-        modules (`Callable[[torch.nn.Module, Snapshot], None]`): captures a module.
-        copy_everything (`bool`): whether to copy all tensors, known to change or not.
+        capture_module (`Callable[[torch.nn.Module, Snapshot], None]`): adds a module to the snapshot.
+        copy_everything (`bool`): copy all tensors, even if they are not known to change.
     """
 
     def __init__(
         self,
         tensors: TensorContents,
-        modules: Callable[[torch.nn.Module, "Snapshot"], None],
+        capture_module: Callable[[torch.nn.Module, "Snapshot"], None],
         copy_everything: bool = False,
     ):
         self._tensors = tensors
-        self._modules = modules
+        self._capture_module = capture_module
         self._copy_everything = copy_everything
-        self._seen: dict[int, Any] = {}  # held, so that no other object gets the same identity
+        self._seen: dict[int, Any] = {}  # id -> object; the reference keeps the id unique
         self._restores: list[Callable[[], None]] = []
         self._others: list[Callable[[bool], None]] = []
-        self._take_backs: list[Callable[[], None]] = []
+        self._removals: list[Callable[[], None]] = []
 
     def restore(self, end: bool = True) -> None:
-        """Put everything back to what it was.
+        """Restore the captured state.
 
         Args:
-            end (`bool`, defaults to `True`): `False` if another pass follows, for which what was set up meanwhile
-                stays so.
+            end (`bool`, defaults to `True`): with `False`, another pass follows, and module attributes that mark
+                one-time set-up are not restored.
         """
         for restore in self._restores:
             restore()
         for restore in self._others:
             restore(end)
 
-    def take_back(self) -> None:
-        """Remove what was appended to lists or added to dicts, and leave what was counted up."""
-        for take_back in self._take_backs:
-            take_back()
+    def remove_added(self) -> None:
+        """Remove the items that were added to containers since the capture; counters keep their new values."""
+        for removal in self._removals:
+            removal()
 
     def on_restore(self, restore: Callable[[bool], None]) -> None:
-        """Have `restore` called with `end` when everything is put back."""
+        """Register a function that [`restore`] calls with `end`."""
         self._others.append(restore)
 
-    def add(self, value: Any, *, named: bool = False, depth: int = 0) -> bool:
-        """Capture the state of `value`, and of what it holds.
+    def add(self, value: Any, *, explicit: bool = False, depth: int = 0) -> bool:
+        """Capture the state of `value` and of its content.
 
         Args:
             value (`Any`): any object.
-            named (`bool`): whether the user asked for this very object, so that it is looked into whatever it is.
+            explicit (`bool`): whether the user named this object. It is then captured even if it is large or belongs to
+                a library.
 
         Returns:
-            `bool`: whether `value` can be put back.
+            `bool`: whether the state of `value` can be restored.
         """
         if type(value) in IMMUTABLE_TYPES or id(value) in self._seen or is_immutable(value):
             return True
@@ -85,16 +86,16 @@ class Snapshot:
         if isinstance(value, torch.nn.Parameter):
             return True  # either trained, or captured with its module
         if isinstance(value, torch.Tensor):
-            return self.add_tensor(value, always=named)
+            return self.add_tensor(value, always=explicit)
         if isinstance(value, torch.nn.Module):
-            self._modules(value, self)
+            self._capture_module(value, self)
             return True
         if is_generator(value):
             state = generator_state(value)
             self._restores.append(lambda: set_generator_state(value, state))
             return True
         if isinstance(value, np.ndarray):
-            return self._add_array(value, named)
+            return self._add_array(value, explicit)
         if isinstance(value, list | deque | bytearray | array.array):
             self._add_sequence(value, depth)
         elif isinstance(value, dict):
@@ -104,7 +105,7 @@ class Snapshot:
         elif isinstance(value, tuple | frozenset):
             self._add_items(value, depth)
             return True
-        elif is_machinery(value) and not named:
+        elif is_library_object(value) and not explicit:
             return True
         return self._add_attributes(value, depth) or isinstance(
             value, list | deque | dict | set | bytearray | array.array
@@ -113,14 +114,14 @@ class Snapshot:
     def add_tensor(self, tensor: torch.Tensor, *, always: bool = False) -> bool:
         """Capture the content of a tensor; see [`TensorContents.capture`]."""
         if tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter):
-            return True  # a result of the forward pass, which each pass makes anew
+            return True  # a result of the forward pass, which each pass computes again
         state = self._tensors.capture(tensor, always=always or self._copy_everything)
         if state is not None:
             self._restores.append(state.restore)
         return True
 
-    def _add_array(self, value, named):
-        if not value.flags.writeable or (value.nbytes > _LARGEST_ARRAY_BYTES and not named):
+    def _add_array(self, value, explicit):
+        if not value.flags.writeable or (value.nbytes > _LARGEST_ARRAY_BYTES and not explicit):
             return True
         content = copy.deepcopy(value) if value.dtype.hasobject else value.copy()
         self._restores.append(lambda: np.copyto(value, content))
@@ -141,7 +142,7 @@ class Snapshot:
                 value[:] = content
 
         self._restores.append(restore)
-        self._take_backs.append(restore)
+        self._removals.append(restore)
 
     def _add_dict(self, value, depth):
         content = dict(value)
@@ -153,16 +154,16 @@ class Snapshot:
             if len(value) == len(content) and all(value.get(key, _MISSING) is item for key, item in content.items()):
                 return
             value.clear()
-            # One by one: `update` of a Counter adds up, and that of a dict forgets the order of an OrderedDict.
+            # One by one, because `Counter.update` adds and `dict.update` loses the order of an OrderedDict.
             for key, item in content.items():
                 value[key] = item
 
-        def take_back():
+        def remove_added():
             for key in [key for key in value if key not in content]:
                 del value[key]
 
         self._restores.append(restore)
-        self._take_backs.append(take_back)
+        self._removals.append(remove_added)
 
     def _add_set(self, value):
         content = set(value)
@@ -172,7 +173,7 @@ class Snapshot:
             value.update(content)
 
         self._restores.append(restore)
-        self._take_backs.append(restore)
+        self._removals.append(restore)
 
     def _add_items(self, items, depth):
         if len(items) <= _LONGEST:
@@ -195,11 +196,11 @@ class Snapshot:
         return True
 
     def add_namespace(self, owner: Any, content: dict[str, Any], depth: int = 0) -> None:
-        """Capture attributes of `owner`, and what they hold.
+        """Capture attributes of `owner` and their content.
 
         Args:
             owner (`Any`): an object.
-            content (`dict[str, Any]`): those of its attributes that are looked at, and their values.
+            content (`dict[str, Any]`): the attributes to capture, with their values.
         """
         content = dict(content)
         for name, item in content.items():
@@ -224,5 +225,5 @@ _MISSING = _Missing()
 
 
 def _counters(items):
-    """Counters among some items. They cannot be put back, so fresh ones take their place."""
+    """The `itertools.count` objects among some items. They cannot be reset, so they are replaced by new ones."""
     return [(key, item) for key, item in items if isinstance(item, itertools.count)]

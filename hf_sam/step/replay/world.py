@@ -1,7 +1,7 @@
-"""Everything besides the trained weights that a pass reads and changes, so that both passes start from the same.
+"""The "world" of a pass: all state besides the trained weights that the pass reads or changes.
 
-The ascent pass captures it before each micro-batch and at its end. The descent pass gives each micro-batch the state
-that it had in the ascent pass, and afterwards everything is as the ascent pass, which is plain training's, left it.
+The ascent pass captures the world before each micro-batch and at its end. The descent pass restores the captured state
+for each micro-batch, and finally the state at the end of the ascent pass, which is the state after plain training.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 
-from .modules import ModuleStates, add_tree, frozen_parameters
+from .modules import ModuleStates, add_module, frozen_parameters
 from .random_streams import RandomState, is_generator
 from .reach import reach, reach_class
 from .snapshot import Snapshot
@@ -20,112 +20,113 @@ logger = get_logger(__name__)
 
 
 class WorldState:
-    """The world at one time."""
+    """The captured world at one time."""
 
     def __init__(self, random_state: RandomState, snapshot: Snapshot):
         self._random_state = random_state
         self._snapshot = snapshot
 
     def restore(self, end: bool = True) -> None:
-        """Make the world what it was; see [`Snapshot.restore`]."""
+        """Restore the captured state; see [`Snapshot.restore`]."""
         self._snapshot.restore(end)
         self._random_state.restore()
 
 
 class World:
-    """What the passes of a step change: random streams, modules, and what the loop's own function reaches.
+    """The state that the passes of a step change: random states, modules, and objects of the training loop.
 
-    Modules, tensors and random generators that the function names, or that its object holds, are found by themselves.
+    Modules, tensors and random generators that the function of the loop refers to, or its object holds, are found
+    automatically.
 
     Args:
-        model (`torch.nn.Module`): the model as the loop calls it.
+        model (`torch.nn.Module`): the model that the loop calls.
     """
 
     def __init__(self, model: torch.nn.Module):
         self._inside = {id(part) for part in model.modules()}
-        self._found: list[tuple[str, Any]] = []
+        self._reached: list[tuple[str, Any]] = []
         self._warned = False
-        self._switches: dict = {}
-        self._look([])
+        self._flag_directions: dict = {}
+        self._find_reachable([])
 
     def bind(self, backend) -> None:
-        """Say which [`~hf_sam.step.backends.Backend`] knows the models, their devices, and what in them is its own."""
+        """Set the [`~hf_sam.step.backends.Backend`], which knows the models, their devices and engine attributes."""
         self._backend = backend
-        self._tensors = TensorContents(backend.room_for_copies())
+        self._tensors = TensorContents(backend.copy_budget())
 
     def begin_step(self, functions: list[Callable]) -> None:
-        """Look for what the passes of the coming step can change; objects may have been replaced since the last one.
+        """Find the state that the passes of the next step can change. Called for each step, as objects may be replaced.
 
         Args:
-            functions (`list[Callable]`): what the loop computes its micro-batches with.
+            functions (`list[Callable]`): functions that compute the micro-batches.
         """
         parts = [part for model in self._backend.models for part in model.modules()]
         own = list(self._backend.model.modules()) if len(self._backend.models) > 1 else parts
         self._inside = {id(part) for part in own}
-        self._look(functions, {type(part) for part in own})
-        outside = [part for module in self.companions() for part in module.modules()]
+        self._find_reachable(functions, {type(part) for part in own})
+        outside = [part for module in self.outside_modules() for part in module.modules()]
         whole = [*(parts if self._backend.keeps_frozen_parameters() else ()), *outside]
         self._modules = ModuleStates(
-            [*parts, *outside], frozen_parameters(whole), self._backend.is_own_attribute, self._switches
+            [*parts, *outside], frozen_parameters(whole), self._backend.is_engine_attribute, self._flag_directions
         )
 
-    def _look(self, functions: list[Callable], classes: Iterable[type] = ()) -> None:
-        found = [*self.found(functions), *(pair for cls in classes for pair in reach_class(cls))]
+    def _find_reachable(self, functions: list[Callable], classes: Iterable[type] = ()) -> None:
+        found = [*self.reachable(functions), *(pair for cls in classes for pair in reach_class(cls))]
         unique = {id(value): (name, value) for name, value in reversed(found) if id(value) not in self._inside}
-        self._found = list(unique.values())
+        self._reached = list(unique.values())
 
-    def found(self, functions: list[Callable]) -> list[tuple[str, Any]]:
-        """Modules, tensors and random generators that the functions reach, and where."""
+    def reachable(self, functions: list[Callable]) -> list[tuple[str, Any]]:
+        """Modules, tensors and random generators that the functions can reach, each with its path."""
         return [pair for function in {id(f): f for f in functions}.values() for pair in reach(function)]
 
-    def companions(self) -> list[torch.nn.Module]:
-        """Modules that the loop reaches outside of the model."""
-        return [value for _, value in self._found if isinstance(value, torch.nn.Module)]
+    def outside_modules(self) -> list[torch.nn.Module]:
+        """Modules outside of the model that the loop can reach."""
+        return [value for _, value in self._reached if isinstance(value, torch.nn.Module)]
 
     def outside_parameters(self, inside: set[int]) -> dict[str, torch.Tensor]:
-        """Trainable tensors that the loop reaches outside of the models, by name.
+        """Trainable tensors outside of the models that the loop can reach, by name.
 
         Args:
-            inside (`set[int]`): identities of the parameters of the models.
+            inside (`set[int]`): ids (`id(param)`) of the parameters of the models.
         """
-        return parameters_reached(self._found, inside)
+        return parameters_reached(self._reached, inside)
 
     def capture(self) -> WorldState:
-        """The world now."""
-        snapshot = Snapshot(self._tensors, add_tree)
+        """Capture the current state."""
+        snapshot = Snapshot(self._tensors, add_module)
         self._modules.add_to(snapshot)
-        for _, value in self._found:
+        for _, value in self._reached:
             if is_generator(value) or (isinstance(value, torch.Tensor) and not value.requires_grad):
                 snapshot.add(value)
         self.add_records(snapshot)
         return WorldState(RandomState.capture(self._backend.devices), snapshot)
 
     def add_records(self, snapshot: Snapshot) -> None:
-        """Capture what the loop itself writes down in a pass."""
+        """Add the records that the loop writes during a pass to the snapshot."""
 
     def end_step(self) -> None:
-        """After the descent pass."""
+        """Called after the descent pass."""
 
-    def learn(self) -> None:
-        """After the ascent pass: which tensors does a forward pass change?"""
-        lost = self._tensors.learn()
+    def end_ascent(self) -> None:
+        """Called after the ascent pass: detects which tensors a forward pass changes."""
+        lost = self._tensors.find_changed()
         if lost and not self._warned:
             self._warned = True
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in lost[:3])
             logger.warning(
                 f"A forward pass changed {len(lost)} tensors that are not trained and were too large to be copied "
-                f"beforehand (shapes {shapes}), so the two passes of this one SAM step did not see the same. From now "
-                "on they are copied. Keep what a forward pass updates in buffers, or update it after the optimizer "
-                "step."
+                f"beforehand (shapes {shapes}), so the two passes of this SAM step started from different states. From "
+                "now on they are copied. Keep state that a forward pass updates in buffers, or update it after the "
+                "optimizer step."
             )
 
 
 def parameters_reached(found: list[tuple[str, Any]], inside: set[int]) -> dict[str, torch.Tensor]:
-    """Trainable tensors among modules and tensors that were found, by name.
+    """Trainable tensors among objects found by [`reach`], including the parameters of modules, by name.
 
     Args:
-        found (`list[tuple[str, Any]]`): where each was found, and what.
-        inside (`set[int]`): identities of those to leave out.
+        found (`list[tuple[str, Any]]`): paths and objects.
+        inside (`set[int]`): ids (`id(param)`) of the parameters to leave out.
     """
     outside = {}
     for name, value in found:

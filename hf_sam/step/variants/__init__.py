@@ -1,7 +1,7 @@
-"""Variants of SAM by name: one file each, which says what e is, with its equation and source.
+"""Registry of SAM variants. Each variant is one file that defines the perturbation e, with its equation and source.
 
-To add one, write a subclass of [`Variant`] in a file of this package and register it here; `sam_variant` then accepts
-its name. Outside of hf-sam, call [`register`] before the training arguments are made.
+To add a variant, write a subclass of [`Variant`] in a file of this package and register it here; `sam_variant` then
+accepts its name. Outside of hf-sam, call [`register`] before you create the training arguments.
 """
 
 from ...runtime.errors import did_you_mean
@@ -16,10 +16,10 @@ DEFAULT = SAM.name
 
 
 def register(variant: type[Variant]) -> type[Variant]:
-    """Make a variant known by its name; returns it, so that it can decorate the class.
+    """Register a variant under its name; usable as a class decorator.
 
     Raises:
-        ValueError: if another variant has that name, or it needs another number of passes than the step runs.
+        ValueError: if another variant has this name, or the variant needs more or fewer than two passes.
     """
     if variant.passes != 2:
         raise ValueError(f"{variant.__qualname__} has passes={variant.passes}, but a step runs 2: ascent and descent.")
@@ -34,17 +34,17 @@ for _variant in (SAM, ASAM):
 
 
 def get_variant(name: str = DEFAULT) -> Variant:
-    """A new instance of the variant of that name.
+    """Create an instance of the variant called `name`.
 
     Raises:
-        ValueError: if there is none; the message lists those that there are.
+        ValueError: if no such variant is registered; the message lists the known names.
     """
     check_variant(name)
     return VARIANTS[name]()
 
 
 def check_variant(name: str, field: str = "variant") -> None:
-    """Raises ValueError, which calls the value `field`, unless a variant has that name."""
+    """Raises ValueError unless a variant called `name` is registered; `field` is the name of the argument."""
     if not isinstance(name, str) or name not in VARIANTS:
         near = did_you_mean(str(name), VARIANTS)
         raise ValueError(f"{field}={name!r} must be one of {', '.join(map(repr, VARIANTS))}{near or '.'}")

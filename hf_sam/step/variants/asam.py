@@ -1,4 +1,4 @@
-"""Adaptive SAM: a perturbation in proportion to each weight (Kwon et al. 2021, arXiv 2102.11600)."""
+"""Adaptive SAM: the perturbation scales with the magnitude of each weight (Kwon et al. 2021, arXiv 2102.11600)."""
 
 import torch
 
@@ -6,7 +6,7 @@ from .base import Variant
 
 
 class ASAM(Variant):
-    r"""\\(e = \rho |w|^2 g / \| |w| g \|\\), elementwise: rescaling a layer does not change the perturbed loss."""
+    r"""\\(e = \rho |w|^2 g / \| |w| g \|\\), elementwise; the perturbed loss is invariant to rescaling of layers."""
 
     name = "asam"
     equation = "e = rho * |w|^2 g / || |w| g ||"

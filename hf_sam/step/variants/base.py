@@ -1,9 +1,9 @@
-"""The contract of a variant: what the perturbation e is.
+"""The interface of a variant, which defines the perturbation e.
 
-Every variant has the form e = rho * d / ||n||, with a direction d and a vector n that are computed elementwise from the
-weights w and the ascent gradient g; ||n|| is taken over all perturbed weights of all ranks. The variant says what d and
-n are. Where the weights live, in which precision they are stored and how ||n|| is summed over the ranks is the
-business of the backends and of [`~hf_sam.step.perturbation`], which hand over the weights piece by piece.
+Every variant has the form e = rho * d / ||n||. The variant defines the direction d and the vector n, both computed
+elementwise from the weights w and the ascent gradient g; ||n|| is the norm over all perturbed weights of all ranks.
+Backends and [`~hf_sam.step.perturbation`] handle sharding, precision and the reduction of ||n||, and pass the weights
+to the variant piece by piece.
 """
 
 import abc
@@ -35,14 +35,14 @@ class Piece:
 
     @property
     def weight(self) -> torch.Tensor:
-        """w where the gradient is, in its precision; must not be changed."""
-        if self._weight is None:  # offloaded weights travel only if they are asked for
+        """w on the device and in the precision of the gradient. Do not modify it."""
+        if self._weight is None:  # lazy, because offloaded weights are copied to the device
             self._weight = self._master.to(self.gradient.device, self.gradient.dtype)
         return self._weight
 
     @property
     def magnitude(self) -> torch.Tensor:
-        """|w| up to its sign: w itself for real weights, the modulus in both places for complex ones."""
+        """|w| up to the sign: w itself for real weights; for complex weights, the modulus in both entries."""
         if not self.pairs:
             return self.weight
         squares = self.weight.square().view(-1, 2).sum(dim=1, keepdim=True)
@@ -50,13 +50,13 @@ class Piece:
 
 
 class Variant(abc.ABC):
-    """One way to perturb the weights. A subclass stands in a file of its own and is registered by its name.
+    """Base class of the variants. Each subclass has its own file and is registered by its name.
 
     Class attributes:
         name (`str`): the value of `sam_variant` that selects it.
-        equation (`str`): e in terms of rho, w and g.
+        equation (`str`): e as a function of rho, w and g.
         source (`str`): paper and equation.
-        passes (`int`): passes over a micro-batch that it needs: 2, the ascent and the descent pass.
+        passes (`int`): number of passes over each micro-batch: 2, the ascent and the descent pass.
     """
 
     name: ClassVar[str]
@@ -70,11 +70,11 @@ class Variant(abc.ABC):
 
     @abc.abstractmethod
     def turn(self, pieces: list[Piece]) -> None:
-        """Turn the gradients of all pieces into d, in place and without waiting for the device."""
+        """Replace the gradient of each piece by d, in place and without waiting for the device."""
 
     def state_dict(self) -> dict:
-        """What a resumed run needs; part of [`SAMStep.state_dict`]."""
+        """The state that a resumed run needs; part of [`SAMStep.state_dict`]."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:  # noqa: B027  (most variants have no state)
-        """Go on from `state_dict`."""
+        """Load a state from `state_dict`."""

@@ -1,4 +1,4 @@
-"""SAM: climb along the gradient (Foret et al. 2021, arXiv 2010.01412)."""
+"""SAM: the perturbation follows the gradient (Foret et al. 2021, arXiv 2010.01412)."""
 
 import torch
 
@@ -6,7 +6,7 @@ from .base import Variant
 
 
 class SAM(Variant):
-    r"""\\(e = \rho g / \|g\|\\): the direction and the norm are those of the gradient itself."""
+    r"""\\(e = \rho g / \|g\|\\): direction and norm are those of the gradient."""
 
     name = "sam"
     equation = "e = rho * g / ||g||"

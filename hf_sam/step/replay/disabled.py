@@ -1,4 +1,4 @@
-"""Methods that do nothing for a while: what a second pass would tell was told by the first."""
+"""Disable a method temporarily, e.g. logging in the second pass, which would repeat that of the first."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def muted(owner: Any, name: str) -> Iterator[None]:
-    """Inside, the method `name` of `owner` does nothing, whichever class defines it."""
+def disable_method(owner: Any, name: str) -> Iterator[None]:
+    """Context in which the method `name` of `owner` does nothing."""
     own = vars(owner)
     before = own.get(name, _ABSENT)
     own[name] = lambda *args, **kwargs: None
