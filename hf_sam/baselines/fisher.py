@@ -20,7 +20,7 @@ from ..instruments.measuring import measuring
 from ..runtime.distributed import all_reduce_sum, shard
 from ..runtime.labels import IGNORE_INDEX
 from ..runtime.progress import progress
-from ..runtime.sharding import check_whole
+from ..runtime.sharding import check_unsharded
 from ..step.parameters import plain_name
 
 
@@ -61,7 +61,7 @@ def estimate_fisher(
     with measuring(model, exact=True) as inner:
         params = floating_parameters(inner, parameters, "The Fisher information", trainable=True)
         check_precise(params, "The Fisher information")
-        check_whole(params, "The Fisher information")
+        check_unsharded(params, "The Fisher information")
         fisher = {name: torch.zeros_like(param) for name, param in params.items()}
         with only_trainable(inner, params):
             numbered = list(enumerate(rows))

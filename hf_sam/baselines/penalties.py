@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Trainer, TrainingArguments
 
-from ..runtime.sharding import check_gradients_at_hand, is_sharded, local_piece, piece_of
+from ..runtime.sharding import check_gradients_accessible, is_sharded, local_shard, shard_like
 from ..step.parameters import plain_name
 from ..trainer import SAMMixin, check_in_front, once_a_step
 from .fisher import load_fisher
@@ -104,7 +104,7 @@ class _Penalty:
         for name, param in model.named_parameters():
             if not param.requires_grad or (name := plain_name(name)) not in self.base:
                 continue
-            weight = local_piece(param)
+            weight = local_shard(param)
             base, importance = self._place(name, param)
             moved = weight.float() - base
             pull = moved if importance is None else moved * importance
@@ -112,16 +112,16 @@ class _Penalty:
             total = value if total is None else total + value.to(total.device)
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-            local_piece(param.grad).add_((pull * (self.strength * scale)).to(param.grad.dtype))
+            local_shard(param.grad).add_((pull * (self.strength * scale)).to(param.grad.dtype))
         return total if total is not None else torch.zeros(())
 
     def _place(self, name: str, param: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The piece of base and importance that belongs to the shard of `param`, where it is."""
         if name not in self._placed:
             whole = [self.base[name], self.importance[name] if self.importance is not None else None]
-            device = local_piece(param).device
+            device = local_shard(param).device
             pieces = [
-                None if value is None else piece_of(value, param).to(device, torch.float32, copy=True)
+                None if value is None else shard_like(value, param).to(device, torch.float32, copy=True)
                 for value in whole
             ]
             self._placed[name] = tuple(pieces)
@@ -154,7 +154,7 @@ class _PenaltyMixin:
 
     def _check_penalty_backend(self):
         name = type(self).__name__
-        check_gradients_at_hand(self.accelerator, name, optim=str(self.args.optim))
+        check_gradients_accessible(self.accelerator, name, optim=str(self.args.optim))
         order = type(self).__mro__
         behind = SAMMixin in order and order.index(SAMMixin) < order.index(_PenaltyMixin)
         if behind and getattr(self.args, "sam_ascent_micro_batches", None) is not None:

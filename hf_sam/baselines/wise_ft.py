@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..instruments.displacement import Displacement, Weights, floating_parameters, weights_like
-from ..runtime.sharding import check_whole
+from ..runtime.sharding import check_unsharded
 
 
 def wise_ft(
@@ -31,7 +31,7 @@ def wise_ft(
         ValueError: if the two do not have the same weights.
     """
     params = floating_parameters(base, None, "Wise-FT")
-    check_whole(params, "Wise-FT")
+    check_unsharded(params, "Wise-FT")
     ends = weights_like(tuned, params)
     with Displacement(base, params) as displacement:
         for alpha in alphas:
@@ -47,7 +47,7 @@ def interpolate(base: torch.nn.Module, tuned: Weights, alpha: float) -> torch.nn
         ValueError: if the two do not have the same weights.
     """
     params = floating_parameters(base, None, "Wise-FT")
-    check_whole(params, "Wise-FT")
+    check_unsharded(params, "Wise-FT")
     ends = weights_like(tuned, params)
     for name, param in params.items():
         param.copy_(torch.lerp(param, ends[name].to(param), float(alpha)))

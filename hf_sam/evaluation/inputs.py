@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from ..instruments import HeldOutData
-from ..runtime.dataset_specs import data_files, named, open_split
+from ..runtime.dataset_specs import data_files, open_split, parse_spec
 from ..runtime.models import LocalModel
 from ..runtime.packages import require
 
@@ -60,7 +60,7 @@ def load_held_out(
         ValueError: if there is no such data, split or column, or nothing in it.
     """
     require("datasets", "Held-out data")
-    name, place = named(spec)
+    name, place = parse_spec(spec)
     # Of the hub's, a stream of some documents instead of all of a corpus.
     streaming = max_documents is not None and not os.path.exists(place) and not data_files(place)
     try:

@@ -10,7 +10,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ..runtime.fingerprint import seed_of
-from ..runtime.sharding import check_at_hand, compute_dtype, local_piece, piece_of, reshard
+from ..runtime.sharding import check_not_zero3, compute_dtype, local_shard, reshard, shard_like
 
 # Noise is drawn in pieces of this many numbers, to save memory.
 _CHUNK = 1 << 20
@@ -48,7 +48,7 @@ def floating_parameters(
             f"{what} needs floating-point weights, but {quantized[0]!r} ({len(quantized)} in all) is quantized. "
             "Measure the model before quantization, or name other parameters with parameters=..."
         )
-    check_at_hand(chosen, what)
+    check_not_zero3(chosen, what)
     return chosen
 
 
@@ -99,27 +99,27 @@ class Displacement:
         self.origin: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> "Displacement":
-        self.origin = {name: local_piece(param).detach().clone() for name, param in self.params.items()}
+        self.origin = {name: local_shard(param).detach().clone() for name, param in self.params.items()}
         return self
 
     @torch.no_grad()
     def move(self, place: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
         """Set each weight to `place(name, w)`, which has the shape of w (of this rank's shard)."""
         for name, param in self.params.items():
-            local_piece(param).copy_(place(name, self.origin[name]))
+            local_shard(param).copy_(place(name, self.origin[name]))
         reshard(self.model)
 
     def add_noise(self, noise: "GaussianNoise") -> None:
         """Set each weight to w plus its noise."""
         for name, param in self.params.items():
-            noise.add(name, self.origin[name], local_piece(param))
+            noise.add(name, self.origin[name], local_shard(param))
         reshard(self.model)
 
     @torch.no_grad()
     def back(self) -> None:
         """Set all weights to w."""
         for name, origin in self.origin.items():
-            local_piece(self.params[name]).copy_(origin)
+            local_shard(self.params[name]).copy_(origin)
         reshard(self.model)
 
     def __exit__(self, *error) -> None:
@@ -170,14 +170,14 @@ class GaussianNoise:
             return
         chunks = self.chunks(name, origin.device, dtype)
         param = self.params[name]
-        if local_piece(param) is param and weight.is_contiguous() and origin.is_contiguous():
+        if local_shard(param) is param and weight.is_contiguous() and origin.is_contiguous():
             start = 0
             for chunk in chunks:
                 piece = slice(start, start + len(chunk))
                 weight.view(-1)[piece] = chunk.add_(origin.view(-1)[piece])
                 start += len(chunk)
         else:
-            weight.copy_(piece_of(torch.cat(list(chunks)).view(param.shape), param).add(origin))
+            weight.copy_(shard_like(torch.cat(list(chunks)).view(param.shape), param).add(origin))
 
 
 def sample_seed(seed: int, sample: int) -> int:
@@ -192,7 +192,7 @@ def check_noise_survives(model: torch.nn.Module, params: dict[str, torch.nn.Para
     be; the share of its squared length that arrives is far from 1 then.
     """
     name, param = max(params.items(), key=lambda item: item[1].numel())
-    origin = local_piece(param).detach().flatten()[:_CHUNK]
+    origin = local_shard(param).detach().flatten()[:_CHUNK]
     dtype = compute_dtype(model, param)
     if dtype not in (torch.bfloat16, torch.float16) or not len(origin) or noise.deviation(name) == 0:
         return

@@ -18,7 +18,7 @@ from ..runtime.distributed import all_reduce_max, all_reduce_sum, rank_and_world
 from ..runtime.errors import MeasurementError
 from ..runtime.packages import require
 from ..runtime.progress import progress
-from ..runtime.sharding import check_whole
+from ..runtime.sharding import check_unsharded
 from ..statistics.estimate import standard_error
 from .batches import batches_of, shared_batches
 from .displacement import floating_parameters
@@ -84,7 +84,7 @@ class Hessian:
             self._inner = stack.enter_context(measuring(self.model, exact=True))
             self.params = floating_parameters(self._inner, self.pattern, "The Hessian", trainable=True)
             check_precise(self.params, "The Hessian")
-            check_whole(self.params, "The Hessian")
+            check_unsharded(self.params, "The Hessian")
             self.size = sum(param.numel() for param in self.params.values())
             self.device = next(iter(self.params.values())).device
             self.dtype = next(iter(self.params.values())).dtype

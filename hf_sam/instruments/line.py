@@ -10,7 +10,7 @@ import torch
 
 from ..runtime.figure import figure
 from ..runtime.progress import progress
-from ..runtime.sharding import check_whole
+from ..runtime.sharding import check_unsharded
 from .batches import batches_of
 from .displacement import Displacement, Weights, difference, floating_parameters, weights_like
 from .hessian import Hessian
@@ -78,7 +78,7 @@ def loss_along_line(
     slope = curvature = None
     with measuring(model) as inner:
         params = floating_parameters(inner, None, "The loss along a line")
-        check_whole(params, "The loss along a line")
+        check_unsharded(params, "The loss along a line")
         ends = weights_like(other, params)
         if quadratic:
             slope, curvature = _taylor(inner, params, ends, data)

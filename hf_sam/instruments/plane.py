@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..runtime.sharding import check_whole
+from ..runtime.sharding import check_unsharded
 from .batches import batches_of
 from .displacement import Weights, difference, floating_parameters, weights_like
 from .grid import LossPlane, axis_over, plot_plane, scan_grid
@@ -41,7 +41,7 @@ def loss_on_plane(
     data = list(batches_of(data, batch_size))
     with measuring(model) as inner:
         params = floating_parameters(inner, None, "The loss on a plane")
-        check_whole(params, "The loss on a plane")
+        check_unsharded(params, "The loss on a plane")
         a, b = weights_like(first, params), weights_like(second, params)
         aa = ab = bb = 0.0
         for name, param in params.items():

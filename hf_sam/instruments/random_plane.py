@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..runtime.sharding import check_whole
+from ..runtime.sharding import check_unsharded
 from .batches import batches_of
 from .displacement import GaussianNoise, floating_parameters, sample_seed, transposed_weights
 from .grid import LossPlane, plot_plane, scan_grid
@@ -34,7 +34,7 @@ def loss_on_random_plane(
     data = list(batches_of(data, batch_size))
     with measuring(model) as inner:
         params = floating_parameters(inner, None, "The loss along random directions")
-        check_whole(params, "The loss along random directions")
+        check_unsharded(params, "The loss along random directions")
         noises = [GaussianNoise(params, 1.0, sample_seed(seed, axis)) for axis in (0, 1)]
         axis = tuple(float(value) for value in np.linspace(-radius, radius, steps))
         transposed = transposed_weights(inner)

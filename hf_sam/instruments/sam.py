@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..runtime.sharding import check_whole
+from ..runtime.sharding import check_unsharded
 from ..statistics.losses import HeldOutLoss
 from ..step.perturbation import Fragment, apply, ascent_scale, squared_norms
 from ..step.variants import DEFAULT, Variant, get_variant
@@ -73,7 +73,7 @@ def sam_sharpness(
     with measuring(model, exact=True) as inner:
         params = floating_parameters(inner, parameters, "SAM sharpness")
         check_precise(params, "SAM sharpness")
-        check_whole(params, "SAM sharpness")
+        check_unsharded(params, "SAM sharpness")
         before = held_out_loss(inner, data, batch_size=batch_size)
         gradient = loss_gradient(inner, params, data, batch_size)
         norm, after = _loss_at_ascent(inner, params, gradient, data, rho, perturbation, batch_size)

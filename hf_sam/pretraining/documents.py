@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runtime.dataset_specs import data_files, named, open_split
+from ..runtime.dataset_specs import data_files, open_split, parse_spec
 from ..runtime.packages import require
 
 # Documents that a worker tokenizes at once, and files that are read at once.
@@ -35,7 +35,7 @@ class TextSource:
     @property
     def name(self) -> str:
         """What messages call it."""
-        return named(self.spec)[0]
+        return parse_spec(self.spec)[0]
 
     def open(self, streaming: bool):
         """The dataset of documents.
@@ -44,7 +44,7 @@ class TextSource:
             ValueError: if there is no such data, split or column, or no text in it; the message names what there is.
         """
         require("datasets", "Training data")
-        place = named(self.spec)[1]
+        place = parse_spec(self.spec)[1]
         try:
             dataset = open_split(place, self.split, streaming=streaming, preferred=("train",))
             self._check(dataset)
@@ -62,7 +62,7 @@ class TextSource:
 
     def most_tokens(self) -> int | None:
         """A bound on the tokens of local, uncompressed files: each takes at least one byte. None if not known."""
-        files = data_files(named(self.spec)[1])
+        files = data_files(parse_spec(self.spec)[1])
         if not files or any(not file.endswith((".jsonl", ".json", ".csv", ".txt")) for file in files):
             return None
         return sum(os.path.getsize(file) for file in files)

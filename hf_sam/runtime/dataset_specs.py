@@ -10,7 +10,7 @@ _KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet
 _COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 
 
-def named(spec: str) -> tuple[str, str]:
+def parse_spec(spec: str) -> tuple[str, str]:
     """Split `[NAME=]PLACE` into name and place; without `NAME=`, the name is the last part of the path."""
     match = re.match(r"([\w .-]+)=(.+)", spec)
     if match and not os.path.exists(spec):
@@ -116,7 +116,7 @@ def local_files(spec: str) -> list[tuple[str, int]]:
     Args:
         spec (`str`): `[NAME=]PLACE`, see [`open_split`].
     """
-    place = named(spec)[1]
+    place = parse_spec(spec)[1]
     paths = data_files(place)
     if os.path.isdir(place):
         paths = sorted(str(path) for path in Path(place).rglob("*") if path.is_file() and is_data(path))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .dataset_specs import named
+from .dataset_specs import parse_spec
 from .disk import check_disk
 from .distributed import compute_on_first, rank_and_world
 from .fingerprint import fingerprint, fingerprint_of_files
@@ -120,7 +120,7 @@ def find_model(spec: str) -> LocalModel:
         ValueError: if the model or the revision does not exist, or its files are damaged.
         OSError: if the download fails, or the disk has no space for it.
     """
-    name, place = named(spec)
+    name, place = parse_spec(spec)
     folder = Path(place) if os.path.isdir(place) else _download(place)
     if (folder / "adapter_config.json").exists():
         require("peft", f"The adapter {place!r}")

@@ -7,12 +7,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-def local_piece(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """The shard of `tensor` on this rank, a view of its storage; `tensor` itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def piece_of(whole: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+def shard_like(whole: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """The part of `whole` that corresponds to this rank's shard of `param`; both have the same global shape."""
     if not isinstance(param, DTensor):
         return whole
@@ -25,7 +25,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(param, DTensor) for param in model.parameters())
 
 
-def check_at_hand(params: dict[str, torch.Tensor], what: str) -> None:
+def check_not_zero3(params: dict[str, torch.Tensor], what: str) -> None:
     """Raises ValueError for weights that ZeRO-3 partitions: only DeepSpeed can change them."""
     if any(hasattr(param, "ds_id") for param in params.values()):
         raise ValueError(
@@ -34,9 +34,9 @@ def check_at_hand(params: dict[str, torch.Tensor], what: str) -> None:
         )
 
 
-def check_whole(params: dict[str, torch.Tensor], what: str) -> None:
+def check_unsharded(params: dict[str, torch.Tensor], what: str) -> None:
     """Raises ValueError unless each process holds the whole weights."""
-    check_at_hand(params, what)
+    check_not_zero3(params, what)
     if any(isinstance(param, DTensor) for param in params.values()):
         raise ValueError(
             f"{what} needs the whole weights on each process, but they are sharded by FSDP2. Save the model and "
@@ -44,7 +44,7 @@ def check_whole(params: dict[str, torch.Tensor], what: str) -> None:
         )
 
 
-def check_gradients_at_hand(accelerator, what: str, optim: str = "") -> None:
+def check_gradients_accessible(accelerator, what: str, optim: str = "") -> None:
     """Check that gradients can be changed between the backward pass and the optimizer step.
 
     Args:

@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 
-from hf_sam.runtime.dataset_specs import data_files, named, open_split
+from hf_sam.runtime.dataset_specs import data_files, open_split, parse_spec
 
 
 def lines(count=3, column="text"):
@@ -64,8 +64,8 @@ def test_ids_of_the_hub(monkeypatch, place, expected):
 
 def test_names_and_files(tmp_path):
     (tmp_path / "old.jsonl").write_text(lines())
-    assert named(f"mine={tmp_path}/old.jsonl") == ("mine", f"{tmp_path}/old.jsonl")
-    assert named(str(tmp_path / "old.jsonl"))[0] == "old"
+    assert parse_spec(f"mine={tmp_path}/old.jsonl") == ("mine", f"{tmp_path}/old.jsonl")
+    assert parse_spec(str(tmp_path / "old.jsonl"))[0] == "old"
     assert data_files(str(tmp_path / "*.jsonl")) == [str(tmp_path / "old.jsonl")]
     assert data_files("org/name") == []
 

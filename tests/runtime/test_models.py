@@ -207,4 +207,4 @@ def test_hash_of_a_folder_is_of_its_content(tmp_path):
     (tmp_path / "a").write_text("2")
     assert fingerprint_of_folder(str(tmp_path)) != first
     assert fingerprint_of_folder("") == ""
-    assert sources.named("a b=x/y") == ("a b", "x/y")
+    assert sources.parse_spec("a b=x/y") == ("a b", "x/y")

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ...runtime.sharding import local_piece
+from ...runtime.sharding import local_shard
 from ..perturbation import Fragment
 from .base import Backend
 from .ddp import check_replicas, is_in_join_context, replayed_hook_states
@@ -64,7 +64,7 @@ class LocalBackend(Backend):
 
     def copy_budget(self):
         # As much as the copy of the weights during the descent pass.
-        return sum(local_piece(param).nbytes for param in self.selected.values())
+        return sum(local_shard(param).nbytes for param in self.selected.values())
 
     def has_uneven_inputs(self):
         return any(is_in_join_context(model) for model in self.models)
@@ -98,7 +98,7 @@ class LocalBackend(Backend):
                 place = _place(param)
             elif grad.is_sparse:
                 grad = grad.to_dense()
-            weight, pairs = local_piece(param), param.is_complex()
+            weight, pairs = local_shard(param), param.is_complex()
             if pairs:
                 weight, grad = torch.view_as_real(weight), torch.view_as_real(grad.resolve_conj())
             fragments.append(Fragment(name=name, weight=weight, master=weight, grad=grad, place=place, pairs=pairs))
