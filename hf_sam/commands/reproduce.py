@@ -20,6 +20,7 @@ from ..experiments.driver import run_chain
 from ..experiments.experiment import Experiment, read_preset
 from ..experiments.stages import Chain, Stage
 from ..runtime.config import ConfigParser, DryRunArguments
+from ..runtime.errors import UsageError
 from ..runtime.processes import end_with_launcher
 from . import COMMANDS
 from .launch import is_launched, launch
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
         for stage in Chain(Experiment(preset, output, devices=1).stages(), output).stages.values():
             print(stage.name, *stage.needs)
         return 0
+    if is_launched() and settings.stage is None:
+        raise UsageError("start it without a launcher, because it launches its stages, or name one stage: --stage")
     devices = find_devices(preset, settings.workers)
     experiment = Experiment(preset, output, len(devices))
     chain = Chain(experiment.stages(), output)
@@ -67,9 +70,16 @@ def main(argv: list[str]) -> int:
     if not _run_all(chain, devices, flags):
         print("Not all stages are done; give the same command again to resume.", file=sys.stderr)
         return 1
-    print((output / "evaluation" / "summary" / "report.md").read_text(encoding="utf-8"))
-    print(f"The whole comparison is in {output / 'evaluation' / 'comparison' / 'report.html'}.")
+    _print_report(output / "evaluation", list(experiment.runs("anneal")))
     return 0
+
+
+def _print_report(folder: Path, runs: list[str]) -> None:
+    if len(runs) == 1:  # nothing to compare
+        print(f"The report is in {folder / runs[0] / 'report.html'}.")
+        return
+    print((folder / "summary" / "report.md").read_text(encoding="utf-8"))
+    print(f"The whole comparison is in {folder / 'comparison' / 'report.html'}.")
 
 
 def _run_all(chain: Chain, devices: list[str], flags: list[str]) -> bool:
@@ -99,7 +109,9 @@ def run_stage(chain: Chain, stage: Stage, preset: dict, devices: int, argv: list
             if chain.is_finished(stage):
                 return 0
         config = preset.get("accelerate_config")
-        flags = ["--config_file", config] if config else ["--multi_gpu", "--mixed_precision", "no"]
+        # Port 0 is any free one: another experiment may run on other GPUs of this machine.
+        default = ["--multi_gpu", "--mixed_precision", "no", "--main_process_port", "0"]
+        flags = ["--config_file", config] if config else default
         return launch("reproduce", [*flags, "--num_processes", str(devices)], argv)
     return chain.run(stage.name, _run_command)
 

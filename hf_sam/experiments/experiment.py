@@ -141,8 +141,8 @@ class Experiment:
         sweep = f",{self.output / 'sft'}/" if "sft" in self.preset else ""
         settings["runs"] = [f"{n}={self.output / 'anneal' / n}" + (f"{sweep}{n}" if sweep else "") for n in names]
         if sweep:
-            first = next(iter(self.runs("anneal")))
-            settings["task_data"] = [f"task={self.output / 'sft' / first / 'held_out.jsonl'}"]
+            # All sweeps hold out the same examples; those of another one may not be written yet.
+            settings["task_data"] = [f"task={self.output / 'sft' / names[0] / 'held_out.jsonl'}"]
         # A finished evaluation in the folder may be of a stage that was run again since.
         return Stage(label, "compare", settings, needs, late_settings=lambda: {"overwrite": True})
 

@@ -126,8 +126,12 @@ def _load_data(args: "SAMSFTConfig", data: SFTDataArguments, tokenizer):
         if data.rehearsal_share > 0:
             examples = add_rehearsal(examples, data, seed)
     if args.process_index == 0 and len(held_out):
-        Path(args.output_dir).parent.mkdir(parents=True, exist_ok=True)
-        held_out.to_json(Path(args.output_dir).parent / "held_out.jsonl")
+        # Runs of a sweep may write it in parallel.
+        folder = Path(args.output_dir).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"held_out.{os.getpid()}"
+        held_out.to_json(partial)
+        os.replace(partial, folder / "held_out.jsonl")
     return examples
 
 

@@ -51,9 +51,9 @@ def smallest_preset(path: Path, text: Path) -> Path:
 class Driver:
     """`hf-sam reproduce` in a process of its own."""
 
-    def __init__(self, preset: Path, output: Path):
+    def __init__(self, preset: Path, output: Path, **variables: str):
         command = [sys.executable, "-m", "hf_sam", "reproduce", "--preset", str(preset), "--output_dir", str(output)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
         self.process = subprocess.Popen(
             [*command, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
@@ -124,6 +124,47 @@ def test_killed_in_the_middle_and_given_again_it_ends_in_one_report(preset, tmp_
         state = json.loads((output / "anneal" / name / "checkpoint-18" / "trainer_state.json").read_text())
         assert state["global_step"] == 18
         assert state["stateful_callbacks"]["CheckpointRecord"]["attributes"]["data"]["row"] == 18 * 16
+
+
+# Two GPUs, for the eyes of the command only: the processes that it launches train on the CPU.
+TWO_DEVICES = """
+import sys, torch
+real = torch.accelerator.is_available
+asked_by = lambda: sys._getframe(2).f_globals.get("__name__")
+torch.accelerator.is_available = lambda: asked_by() == "hf_sam.commands.reproduce" or real()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_stage_on_all_devices_is_launched_in_a_process_each(preset, tmp_path):
+    """And if its launcher is killed, its processes end, and the same command runs it again."""
+    (tmp_path / "sitecustomize.py").write_text(TWO_DEVICES)
+    content = yaml.safe_load(preset.read_text()) | {"device": "gpu"}
+    del content["sft"]
+    content["anneal"]["runs"] = {"adamw": {}}
+    for kind in ("pretrain", "anneal"):
+        content[kind]["settings"] |= {"per_device_train_batch_size": 8, "ddp_backend": "gloo"}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(content))
+    variables = {"CUDA_VISIBLE_DEVICES": "0,1", "PYTHONPATH": str(tmp_path)}
+    output = tmp_path / "out"
+    first = Driver(tmp_path / "two.yaml", output, **variables)
+    first.wait_for(output, "pretrain/stable/checkpoint-6")
+    launcher, *ranks = first.stages()
+    assert sum("--stage" in process.cmdline() for process in ranks) == 2
+    launcher.kill()
+    status, said = first.end()
+    assert status == 1
+    assert "started pretrain/stable on 0, 1" in said
+    psutil.wait_procs(ranks, timeout=60)
+    assert not any(map(psutil.Process.is_running, ranks))
+
+    status, said = Driver(tmp_path / "two.yaml", output, **variables).end()
+    assert status == 0, said[-3000:]
+    assert "started anneal/adamw on 0, 1" in said
+    assert "started evaluate/adamw on 0\n" in said
+    state = json.loads((output / "anneal" / "adamw" / "checkpoint-18" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["CheckpointRecord"]["attributes"]["world_size"] == 2
 
 
 @pytest.mark.parametrize(
@@ -197,6 +238,18 @@ def test_one_stage_is_run_by_name(preset, tmp_path, capsys):
         assert commands.main([*argv, "data"]) == 0
         assert capsys.readouterr().out == said
     assert (tmp_path / "data" / "problems.jsonl").exists()
+
+
+def test_a_launcher_is_for_single_stages(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert commands.main(["reproduce", "--preset", "toy", "--output_dir", str(tmp_path)]) == 2
+    assert "start it without a launcher" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_on_the_examples_that_its_own_sweep_held_out(tmp_path):
+    stages = {stage.name: stage for stage in Experiment(read_preset("toy"), tmp_path, 1).stages()}
+    assert stages["evaluate/sam"].settings["task_data"] == [f"task={tmp_path}/sft/sam/held_out.jsonl"]
+    assert stages["evaluate/sam"].needs == ("sft/sam",)
 
 
 def test_gpus_are_asked_for_only_by_presets_that_need_them(monkeypatch):
