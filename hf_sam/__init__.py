@@ -1,8 +1,8 @@
-"""hf-sam: sharpness-aware training for the Hugging Face stack.
+"""hf-sam: sharpness-aware minimization for the Hugging Face stack.
 
-`SAMTrainer` and `SAMSFTTrainer` are `transformers.Trainer` and `trl.SFTTrainer` with a two-pass step; `with_sam` makes
-the same of any other trainer and its config, out of `SAMMixin` and `SAMArguments`; `SAMStep` is the step for a training
-loop of one's own.
+`SAMTrainer` and `SAMSFTTrainer` are `transformers.Trainer` and `trl.SFTTrainer` with two passes per optimizer step.
+`with_sam` adds SAM to any other trainer or config class, with `SAMMixin` and `SAMArguments`. `SAMStep` is the step for
+a custom training loop.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .step import SAMStep
     from .trainer import SAMMixin, SAMTrainer
 
-# Without SAMSFTTrainer and SAMSFTConfig, so that `from hf_sam import *` works without TRL.
+# SAMSFTTrainer and SAMSFTConfig are left out, so that `from hf_sam import *` works without TRL.
 __all__ = [
     "SAMArguments",
     "SAMMixin",
@@ -32,7 +32,7 @@ __all__ = [
 
 __version__ = version("hf-sam")
 
-# Imported when they are first used: torch and transformers take seconds, and `hf-sam --help` needs neither.
+# Imported lazily: torch and transformers take seconds to import, and `hf-sam --help` does not need them.
 _MODULES = {
     "SAMArguments": ".arguments",
     "SAMTrainingArguments": ".arguments",

@@ -1,4 +1,4 @@
-"""`python -m hf_sam`, and what `accelerate launch -m hf_sam` starts in every process: see [`hf_sam.commands`]."""
+"""Entry point of `python -m hf_sam` and `accelerate launch -m hf_sam`; see [`hf_sam.commands`]."""
 
 from .commands import main
 

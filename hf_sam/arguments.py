@@ -1,4 +1,4 @@
-"""The flags: a mixin dataclass, so that every `TrainingArguments` subclass can carry the same ones."""
+"""The SAM flags: a mixin dataclass for any `TrainingArguments` subclass."""
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
@@ -17,47 +17,49 @@ logger = get_logger(__name__)
 class SAMArguments:
     r"""Arguments of sharpness-aware training and of shortened annealing.
 
-    Mix it into any config dataclass, in front of it: `class MyConfig(SAMArguments, SFTConfig)`. Where a number of
-    steps is asked for, a value below 1 is a share of the steps of the run, as in `save_steps` and `warmup_steps`. A run
-    that is resumed is one run; one that begins with the checkpoint of another (`anneal_from`) counts its own steps.
+    Use it as the first base class of a config dataclass: `class MyConfig(SAMArguments, SFTConfig)`. A number of steps
+    below 1 is a fraction of the steps of the run, as in `save_steps` and `warmup_steps`. A resumed run counts as one
+    run; a run that starts from the checkpoint of another run (`anneal_from`) counts only its own steps.
 
     Parameters for the perturbation:
         sam_rho (`float`, *optional*, defaults to `0.0`):
             Radius \\(\rho\\) of the perturbation \\(e = \rho g / \|g\|\\) (arXiv 2010.01412, eq. 2). `0` is plain
             training. The paper of sharpness-aware pretraining (arXiv 2605.02105) uses 0.05.
         sam_variant (`str`, *optional*, defaults to `"sam"`):
-            What the perturbation is. `"sam"`: as above. `"asam"`, adaptive SAM: \\(e = \rho |w|^2 g / \| |w| g\|\\)
-            elementwise (arXiv 2102.11600, eq. 8); its \\(\rho\\) is on another scale, 0.5 to 2 in that paper. Also
-            the name of a variant of your own ([`hf_sam.step.variants`](~hf_sam.step.variants)).
+            Name of the variant, which defines the perturbation. `"sam"`: as above. `"asam"`, adaptive SAM:
+            \\(e = \rho |w|^2 g / \| |w| g\|\\) elementwise (arXiv 2102.11600, eq. 8); its \\(\rho\\) is on another
+            scale, 0.5 to 2 in that paper. You can register other variants
+            ([`hf_sam.step.variants`](~hf_sam.step.variants)).
         sam_ascent_micro_batches (`float`, *optional*):
-            How many of the step's micro-batches the ascent gradient is taken over, or which share of them if below
-            1. All of them when omitted. A step costs 1 + k/N plain steps with k of N.
+            Number of micro-batches in the ascent pass; below 1, the fraction of the step's micro-batches. All of them
+            when omitted. With k of N micro-batches, a step costs 1 + k/N plain steps.
         sam_ascent_sync (`str`, *optional*, defaults to `"global"`):
-            `"global"`: all ranks climb along the gradient of the global batch. `"local"`: each DDP replica climbs
-            along the gradient of its own micro-batches (m-sharpness), as in arXiv 2605.02105, without communication.
+            `"global"`: all ranks use the ascent gradient of the global batch. `"local"`: each DDP replica uses the
+            ascent gradient of its own micro-batches (m-sharpness), without communication, as in arXiv 2605.02105.
         sam_target_modules (`list[str]`, *optional*):
-            Regular expressions (`re.search`) of the parameter names to perturb. All trainable ones when omitted.
+            Regular expressions (`re.search`) over parameter names: the parameters to perturb. All trainable ones when
+            omitted.
         sam_exclude_modules (`list[str]`, *optional*):
-            Regular expressions of the parameter names that are not perturbed.
+            Regular expressions over parameter names: the parameters not to perturb.
 
-    Parameters for when SAM acts:
+    Parameters for the steps with SAM:
         sam_start_steps (`float`, *optional*, defaults to `0`):
             First optimizer step with SAM, counted from 0.
         sam_end_steps (`float`, *optional*):
-            First optimizer step without SAM again. SAM acts until the end when omitted.
+            Optimizer step at which SAM ends (exclusive). The end of the run when omitted.
         sam_interval (`int`, *optional*, defaults to `1`):
-            SAM acts in every this-many-th step of its window, the first one included.
+            SAM acts in every `sam_interval`-th step of its window, starting with the first.
         sam_phase (`str`, *optional*, defaults to `"all"`):
-            `"anneal"` restricts SAM to the annealing phase that `anneal_steps` sets.
+            `"anneal"` restricts SAM to the annealing phase, which `anneal_steps` sets.
 
     Parameters for shortened annealing:
         anneal_steps (`float`, *optional*):
-            Length of the final decay of the learning rate; before it, the rate is constant (after `warmup_steps`).
-            Selects the host's `warmup_stable_decay` schedule.
+            Length of the final decay of the learning rate. Before it, the learning rate is constant (after
+            `warmup_steps`). Selects the `warmup_stable_decay` schedule of `Trainer`.
         anneal_type (`str`, *optional*, defaults to `"linear"`):
             Shape of the decay: `"linear"`, `"cosine"` or `"1-sqrt"`.
         anneal_min_lr_ratio (`float`, *optional*, defaults to `0.0`):
-            Learning rate at the end of the decay, as a share of `learning_rate`.
+            Learning rate at the end of the decay, as a fraction of `learning_rate`.
 
     Raises:
         ValueError: if a value is out of range, or contradicts another one.
@@ -70,19 +72,19 @@ class SAMArguments:
     sam_variant: str = field(
         default=DEFAULT,
         metadata={
-            "help": "[SAM] What the perturbation is: "
+            "help": "[SAM] Name of the variant, which defines the perturbation. "
             + "; ".join(f"{name}: {variant.equation}" for name, variant in VARIANTS.items())
             + "."
         },
     )
     sam_start_steps: float = field(
-        default=0.0, metadata={"help": "[SAM] First optimizer step with SAM; below 1, a share of the run."}
+        default=0.0, metadata={"help": "[SAM] First optimizer step with SAM; below 1, a fraction of the run."}
     )
     sam_end_steps: float | None = field(
         default=None,
-        metadata={"help": "[SAM] Optimizer step at which SAM ends; below 1, a share of the run. Default: never."},
+        metadata={"help": "[SAM] Optimizer step at which SAM ends; below 1, a fraction of the run. Default: never."},
     )
-    sam_interval: int = field(default=1, metadata={"help": "[SAM] SAM acts in every this-many-th step of its window."})
+    sam_interval: int = field(default=1, metadata={"help": "[SAM] SAM acts in every n-th step of its window."})
     sam_phase: Literal["all", "anneal"] = field(
         default="all",
         metadata={"help": "[SAM] Phase in which SAM acts: the whole run, or the annealing of `anneal_steps`."},
@@ -90,29 +92,29 @@ class SAMArguments:
     sam_ascent_micro_batches: float | None = field(
         default=None,
         metadata={
-            "help": "[SAM] Number of the step's micro-batches that the ascent pass uses; below 1, a share of them. "
-            "Default: all."
+            "help": "[SAM] Number of micro-batches in the ascent pass; below 1, the fraction of the step's "
+            "micro-batches. Default: all."
         },
     )
     sam_ascent_sync: Literal["global", "local"] = field(
         default="global",
         metadata={
-            "help": "[SAM] 'global': climb along the gradient of the global batch. 'local': each DDP replica climbs "
-            "along its own gradient (m-sharpness)."
+            "help": "[SAM] 'global': ascent gradient of the global batch. 'local': each DDP replica uses its own "
+            "ascent gradient (m-sharpness)."
         },
     )
     sam_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "[SAM] Regular expressions of the parameter names to perturb. Default: all trainable ones."},
+        metadata={"help": "[SAM] Regular expressions of the parameters to perturb. Default: all trainable ones."},
     )
     sam_exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "[SAM] Regular expressions of the parameter names that are not perturbed."}
+        default=None, metadata={"help": "[SAM] Regular expressions of the parameters not to perturb."}
     )
     anneal_steps: float | None = field(
         default=None,
         metadata={
             "help": "[annealing] Length of the final decay of the learning rate after a constant phase; below 1, a "
-            "share of all steps. Uses the warmup_stable_decay schedule."
+            "fraction of the run. Uses the warmup_stable_decay schedule."
         },
     )
     anneal_type: Literal["linear", "cosine", "1-sqrt"] = field(
@@ -120,7 +122,7 @@ class SAMArguments:
     )
     anneal_min_lr_ratio: float = field(
         default=0.0,
-        metadata={"help": "[annealing] Learning rate at the end of the final decay, as a share of the peak."},
+        metadata={"help": "[annealing] Learning rate at the end of the final decay, as a fraction of the peak."},
     )
 
     def __post_init__(self):
@@ -131,7 +133,7 @@ class SAMArguments:
         self._check_annealing()
 
     def check_sam(self) -> None:
-        """Check the fields of this class again, after some of them were set by hand.
+        """Check the fields of this class again, after some of them were changed.
 
         Raises:
             ValueError: if a value is out of range, or contradicts another one.
@@ -140,32 +142,32 @@ class SAMArguments:
         self._check_annealing()
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        # Whoever asks is a trainer that is about to train, and one with SAM has claimed these arguments before.
+        # `Trainer` calls this before training. A trainer with SAM has called `claim_for_sam` by then.
         unclaimed = not getattr(self, "_claimed_by_sam", False)
         if unclaimed and (self.sam_rho > 0 or self.anneal_steps is not None):
             logger.warning(
                 f"{type(self).__name__} sets sam_rho={self.sam_rho:g} and anneal_steps={self.anneal_steps}, but the "
-                "trainer that uses it has no SAM, so they have no effect. Use hf_sam.SAMTrainer, "
+                "trainer that uses it does not support SAM, so they have no effect. Use hf_sam.SAMTrainer, "
                 "hf_sam.SAMSFTTrainer, or hf_sam.with_sam(YourTrainer)."
             )
         return super().get_warmup_steps(num_training_steps)
 
     def claim_for_sam(self) -> None:
-        """Say that a trainer with SAM uses these arguments."""
+        """Record that a trainer with SAM uses these arguments."""
         self._claimed_by_sam = True
 
     def layout_dependence(self) -> dict:
-        """Settings of the hardware layout on which a run with SAM depends, because its ascent gradient does, by name.
+        """Settings of the hardware layout that change the result of a run with SAM, by name.
 
-        A climb on the gradient of each replica, or of some micro-batches, is another one on other processes or with
-        other micro-batches; for the gradient of the global batch the result is empty.
+        The ascent gradient of each replica, or of some micro-batches, depends on the number of processes and the size
+        of micro-batches. The ascent gradient of the global batch does not, and the result is empty.
         """
         if self.sam_rho > 0 and (self.sam_ascent_sync == "local" or self.sam_ascent_micro_batches is not None):
             return {"world_size": self.world_size, "per_device_train_batch_size": self.per_device_train_batch_size}
         return {}
 
     def unused_sam_fields(self) -> list[str]:
-        """Names of the SAM fields that were set although `sam_rho` is 0."""
+        """Names of the SAM fields that are set although `sam_rho` is 0."""
         if self.sam_rho > 0:
             return []
         known = SAMArguments.__dataclass_fields__
@@ -206,12 +208,12 @@ class SAMArguments:
         chosen = getattr(self, "lr_scheduler_type", None)
         if chosen is None:
             return
-        # A value that equals the default of the config class cannot be told from one that nobody gave.
+        # A value that equals the default cannot be distinguished from an omitted one.
         given = SchedulerType(chosen) != SchedulerType(_default(type(self), "lr_scheduler_type"))
         if given and chosen != SchedulerType.WARMUP_STABLE_DECAY:
             raise ValueError(
-                f"anneal_steps={self.anneal_steps:g} holds the learning rate constant and then decays it, but "
-                f"lr_scheduler_type={SchedulerType(chosen).value!r} asks for another schedule. Drop one of the two."
+                f"anneal_steps={self.anneal_steps:g} sets a constant learning rate with a final decay, but "
+                f"lr_scheduler_type={SchedulerType(chosen).value!r} selects another schedule. Drop one of the two."
             )
         reserved = {"num_decay_steps", "num_stable_steps", "decay_type", "min_lr_ratio"} & set(
             self.lr_scheduler_kwargs or {}
@@ -224,7 +226,7 @@ class SAMArguments:
         self.lr_scheduler_type = SchedulerType.WARMUP_STABLE_DECAY
 
 
-@dataclass(repr=False)  # the host's own leaves tokens out
+@dataclass(repr=False)  # the repr of TrainingArguments hides tokens
 class SAMTrainingArguments(SAMArguments, TrainingArguments):
     """[`~transformers.TrainingArguments`] with the fields of [`SAMArguments`]."""
 
@@ -240,13 +242,13 @@ _FLOAT_FIELDS = (
 
 
 def _as_float(name: str, value):
-    """The number that `value` is; YAML reads 5e-2 as a string, which the host accepts for its own rates too."""
+    """Convert `value` to float. YAML reads 5e-2 as a string, which `TrainingArguments` also accepts for its fields."""
     if value is None and name in ("sam_end_steps", "sam_ascent_micro_batches", "anneal_steps"):
         return None
     try:
         if isinstance(value, bool):
             raise ValueError
-        # Always a float: hyperparameter search casts what it tries to the type that it finds.
+        # Always a float, because hyperparameter search casts each trial value to the type of the field.
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name}={value!r} must be a number.") from None

@@ -1,4 +1,4 @@
-"""Config classes with the SAM fields, made of any `TrainingArguments` class."""
+"""Create config classes with the SAM fields from any `TrainingArguments` class."""
 
 import functools
 import inspect
@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from .arguments import SAMArguments, SAMTrainingArguments
 
-# The classes that hf-sam defines itself, by the class of the host that they extend.
+# Config classes that hf-sam defines, by the class that they extend.
 SHIPPED: dict[type, type] = {TrainingArguments: SAMTrainingArguments}
 
 
@@ -17,20 +17,21 @@ def config_with_sam(cls: type, defaults: dict) -> type:
 
     Args:
         cls (`type`): a subclass of [`~transformers.TrainingArguments`].
-        defaults (`dict`): other defaults of the fields of [`SAMArguments`].
+        defaults (`dict`): defaults for fields of [`SAMArguments`].
     """
     unknown = defaults.keys() - SAMArguments.__dataclass_fields__.keys()
     if unknown:
-        raise TypeError(f"with_sam knows no field {', '.join(map(repr, sorted(unknown)))}; see hf_sam.SAMArguments.")
+        names = ", ".join(map(repr, sorted(unknown)))
+        raise TypeError(f"with_sam got unknown fields: {names}. See hf_sam.SAMArguments for the fields.")
     config = cls if issubclass(cls, SAMArguments) else SHIPPED.get(cls) or _config(cls)
     if not defaults:
         return config
-    # Hashable, so that the same defaults give the same class every time.
+    # Hashable for the cache, so that equal defaults always give the same class.
     return _with_defaults(config, tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in defaults.items()))
 
 
-def turn_into_sam(args: TrainingArguments) -> None:
-    """Give arguments that were made without the SAM fields these fields, with their defaults, in place."""
+def add_sam_fields(args: TrainingArguments) -> None:
+    """Add the SAM fields, with their defaults, to arguments without them, in place."""
     cls = config_with_sam(type(args), {})
     for known in fields(SAMArguments):
         setattr(args, known.name, known.default)
@@ -44,10 +45,10 @@ def _config(cls: type) -> type:
     if taken:
         raise TypeError(
             f"with_sam cannot add fields to {cls.__name__}, which has {', '.join(taken)} with a meaning of its own. "
-            "Rename them there."
+            "Rename these fields."
         )
     members = {"__module__": __name__, "__doc__": cls.__doc__, "__reduce_ex__": _reduce, "__sam_made_of__": (cls, ())}
-    # The host's own repr leaves tokens out.
+    # The repr of TrainingArguments hides tokens.
     return dataclass(repr=False)(type(f"SAM{cls.__name__}", (SAMArguments, cls), members))
 
 
@@ -71,17 +72,16 @@ def _check_generated_init(cls: type) -> None:
     accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
     if accepted != {known.name for known in fields(cls) if known.init}:
         raise TypeError(
-            f"with_sam cannot make a config out of {cls.__name__}, which has an __init__ of its own that a generated "
-            f"one would replace. Write `class SAM{cls.__name__}(SAMArguments, {cls.__name__})` and pass the SAM "
-            "fields on in its __init__."
+            f"with_sam cannot extend {cls.__name__}, which has an __init__ of its own that a generated one would "
+            f"replace. Write `class SAM{cls.__name__}(SAMArguments, {cls.__name__})` with an __init__ that passes on "
+            "the SAM fields."
         )
 
 
 def _reduce(self, protocol):
-    # Pickle looks a class up by its name, which one that was made at run time does not have: `training_args.bin`
-    # holds how to make it again.
+    # Pickle finds classes by name, but this one is created at run time. So `training_args.bin` stores how to create it.
     made_of = vars(type(self)).get("__sam_made_of__")
-    if made_of is None:  # a class that somebody derived from a made one
+    if made_of is None:  # a subclass of a generated class
         return object.__reduce_ex__(self, protocol)
     return _unpickled, made_of, self.__dict__.copy()
 

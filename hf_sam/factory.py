@@ -1,4 +1,4 @@
-"""SAM for a trainer or config class in one line."""
+"""Add SAM to any trainer or config class."""
 
 import functools
 
@@ -10,7 +10,7 @@ from .trainer import SAMMixin, SAMTrainer
 
 
 def with_sam(cls: type, **defaults) -> type:
-    """The same trainer with sharpness-aware steps, or the same config with the SAM fields.
+    """Add sharpness-aware steps to a trainer class, or the SAM fields to a config class.
 
     ```python
     from trl import DPOConfig, DPOTrainer
@@ -19,20 +19,20 @@ def with_sam(cls: type, **defaults) -> type:
 
     Args:
         cls (`type`): a subclass of [`~transformers.Trainer`] or of [`~transformers.TrainingArguments`].
-        defaults: for a config, other defaults of the fields of [`SAMArguments`], e.g. `sam_rho=0.05`.
+        defaults: for a config class, defaults for fields of [`SAMArguments`], e.g. `sam_rho=0.05`.
 
     Returns:
-        `type`: `class SAM<name>(SAMMixin, cls)` or `class SAM<name>(SAMArguments, cls)`, the same one in every call;
-        `cls` itself if it has SAM already. Instances can be pickled as long as `cls` can be imported.
+        `type`: `class SAM<name>(SAMMixin, cls)` or `class SAM<name>(SAMArguments, cls)`; equal calls return the same
+        class. `cls` itself if it already supports SAM. Instances can be pickled if `cls` can be imported.
 
     Raises:
-        TypeError: if `cls` is neither a trainer nor a config, or a config to which the fields cannot be added.
+        TypeError: if `cls` is neither a trainer nor a config class, or the fields cannot be added.
     """
     if not isinstance(cls, type) or not issubclass(cls, Trainer | TrainingArguments):
         raise TypeError(f"with_sam takes a Trainer or TrainingArguments class, not {cls!r}.")
     if issubclass(cls, Trainer):
         if defaults:
-            raise TypeError(f"with_sam({cls.__name__}) takes no defaults; they belong to the config.")
+            raise TypeError(f"with_sam({cls.__name__}) takes no defaults, because they belong to the config class.")
         return cls if issubclass(cls, SAMMixin) else _shipped(cls) or _trainer(cls)
     return config_with_sam(_shipped(cls) or cls, defaults)
 
@@ -43,7 +43,7 @@ def _trainer(cls: type) -> type:
 
 
 def _shipped(cls: type) -> type | None:
-    """The class that hf-sam defines for `cls` itself, if it does."""
+    """The class that hf-sam defines for `cls`, or None."""
     if cls.__module__.startswith("trl.") and cls.__name__ in ("SFTConfig", "SFTTrainer"):
         from .sft import SAMSFTConfig, SAMSFTTrainer
 

@@ -1,4 +1,4 @@
-"""What SAM did in a run: counted, kept in checkpoints, told at the end."""
+"""Counts of the SAM steps of a run, saved in checkpoints and printed at the end."""
 
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
@@ -10,14 +10,13 @@ logger = get_logger(__name__)
 
 
 class SAMHistory(TrainerCallback, ExportableState):
-    """Counts the steps in which SAM acted, over interruptions of the run, and tells what came of the settings.
+    """Counts the SAM steps of a run, also over interruptions, and warns about settings without effect.
 
     Attributes:
-        acted (`int`): optimizer steps of the run in which SAM perturbed the weights, or skipped a gradient that was not
-            finite.
-        skipped (`int`): those of them that were skipped, as far as they were logged.
-        extra_passes (`float`): passes over all micro-batches of a step that SAM took in addition to plain training.
-        steps (`int`): optimizer steps of the run up to its end.
+        acted (`int`): optimizer steps with SAM, including skipped ones.
+        skipped (`int`): SAM steps that were logged with a non-finite ascent gradient, and therefore not perturbed.
+        extra_passes (`float`): passes over the micro-batches of a step in addition to plain training.
+        steps (`int`): optimizer steps of the finished run.
     """
 
     _COUNTS = ("acted", "skipped", "extra_passes", "steps")
@@ -29,41 +28,41 @@ class SAMHistory(TrainerCallback, ExportableState):
         self.acted, self.skipped, self.extra_passes, self.steps = 0, 0, 0.0, 0
 
     def add(self, extra_passes: float) -> None:
-        """Count a step of SAM that took so many passes over its micro-batches more than a plain one."""
+        """Count a SAM step with this number of passes over its micro-batches in addition to a plain step."""
         self.acted += 1
         self.extra_passes += extra_passes
 
     @property
     def passes(self) -> float:
-        """Passes over the data for each optimizer step of the run; 1 is plain training."""
+        """Average number of passes per optimizer step; 1 for plain training."""
         return 1 + self.extra_passes / max(1, self.steps)
 
     def facts(self) -> dict:
-        """What training took, for JSON.
+        """The cost of training, for JSON.
 
         Returns:
-            `dict`: `own_steps` of the run, `sam_steps` in which SAM acted, `passes` over the data for each own step.
+            `dict`: `own_steps` (optimizer steps of this run), `sam_steps` (those with SAM), `passes` per step.
         """
         return {"own_steps": self.steps, "sam_steps": self.acted, "passes": self.passes}
 
     def summary(self) -> str:
-        """What happened, in a sentence."""
+        """The counts in one sentence."""
         skipped = f", of which {self.skipped} were skipped (gradient not finite)" if self.skipped else ""
         return f"SAM acted in {self.acted} of {self.steps} steps{skipped}."
 
     def state(self) -> dict:
-        """What the host writes into `trainer_state.json`."""
+        """The entries that `Trainer` writes into `trainer_state.json`."""
         return {"args": {}, "attributes": {name: getattr(self, name) for name in self._COUNTS}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._reset()
         name = type(self).__name__
         stored = state.stateful_callbacks.get(name)
-        # What the checkpoint of another run counted, with which this one begins, belongs to that run.
+        # A run that starts from the checkpoint of another run does not continue its counts.
         if stored is not None and state.global_step > getattr(args, "first_step", 0):
             for count, value in stored["attributes"].items():
                 setattr(self, count, value)
-        # The host writes only what it finds here.
+        # `Trainer` saves only callbacks that are listed here.
         state.stateful_callbacks[name] = self.state()
         self._warn(args, state)
 

@@ -1,4 +1,4 @@
-"""What a model card says about sharpness-aware training and shortened annealing."""
+"""The section of a model card on sharpness-aware training and shortened annealing."""
 
 import os
 
@@ -27,13 +27,13 @@ _SAM_PAPER = """\
 
 
 def describe_in_model_card(path: str, args: SAMArguments, log_history: list[dict], history: SAMHistory) -> None:
-    """Add tags, settings, what SAM did, and citations to the model card that the host wrote.
+    """Add tags, settings, counts of SAM steps, and citations to the model card that `Trainer` wrote.
 
     Args:
-        path (`str`): the card; nothing happens if the host wrote none, or the run used neither SAM nor annealing.
+        path (`str`): the model card. Nothing happens if it does not exist, or the run used neither SAM nor annealing.
         args ([`SAMArguments`]): arguments of the run.
-        log_history (`list[dict]`): the logs of the run.
-        history ([`SAMHistory`]): in how many of its steps SAM acted.
+        log_history (`list[dict]`): logs of the run.
+        history ([`SAMHistory`]): counts of the SAM steps.
     """
     settings = used_settings(args)
     if not settings or not os.path.isfile(path):
@@ -48,7 +48,7 @@ def describe_in_model_card(path: str, args: SAMArguments, log_history: list[dict
 
 
 def used_settings(args: SAMArguments) -> dict:
-    """The SAM and annealing fields that shaped the run: those of a feature in use, without unset ones."""
+    """The SAM and annealing fields of the features in use, without unset fields."""
     settings = {}
     for name in SAMArguments.__dataclass_fields__:
         in_use = args.anneal_steps is not None if name.startswith("anneal_") else args.sam_rho > 0
@@ -80,7 +80,7 @@ def _section(args: SAMArguments, settings: dict, log_history: list[dict], histor
 def _what_happened(history: SAMHistory) -> str:
     if not history.acted:
         return (
-            f"{history.summary()} It was configured as below, but all gradients were taken at the weights themselves: "
-            "this is a plainly trained model."
+            f"{history.summary()} SAM was configured as below, but all gradients were computed at the unperturbed "
+            "weights, as in plain training."
         )
-    return f"{history.summary()} In these, the gradient was taken at the worst weights nearby."
+    return f"{history.summary()} In these steps, the gradient was computed at the worst weights nearby."

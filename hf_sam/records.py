@@ -1,4 +1,4 @@
-"""What a trainer writes down while it computes a loss, so that the second pass leaves no trace of it."""
+"""Records that a trainer keeps while it computes a loss, such as metrics. The second pass must not change them."""
 
 import contextlib
 import difflib
@@ -16,7 +16,7 @@ from .step.replay.tensors import TensorContents
 
 logger = get_logger(__name__)
 
-# What the host's own objects hold is neither a record nor random state of a loss.
+# Attributes of `Trainer` itself, which are neither records nor random generators of a loss.
 _HOST_ATTRIBUTES = frozenset(
     {
         *("model", "model_wrapped", "accelerator", "optimizer", "lr_scheduler", "callback_handler", "state", "control"),
@@ -33,13 +33,13 @@ _HOST_ATTRIBUTES = frozenset(
 
 
 class TrainerWorld(World):
-    """The world of a trainer's passes: also what its attributes hold, and its records.
+    """The [`World`] of a trainer, which includes the objects in its attributes, and its records.
 
     Args:
         model (`torch.nn.Module`): see [`World`].
-        trainer (`transformers.Trainer`): whose `compute_loss` runs in both passes.
-        recorded (`tuple[str, ...]`): names of its attributes that are records.
-        known (`frozenset[str]`): those of them that it need not have.
+        trainer (`transformers.Trainer`): the trainer whose `compute_loss` runs in both passes.
+        recorded (`tuple[str, ...]`): names of the attributes of the trainer that are records.
+        known (`frozenset[str]`): names in `recorded` that the trainer need not have.
     """
 
     def __init__(self, model: torch.nn.Module, trainer, recorded: tuple[str, ...], known: frozenset[str]):
@@ -50,7 +50,7 @@ class TrainerWorld(World):
         super().__init__(model)
 
     def reachable(self, functions: list[Callable]) -> list[tuple[str, Any]]:
-        return reached_by(self._trainer)
+        return reachable_from_trainer(self._trainer)
 
     def add_records(self, snapshot: Snapshot) -> None:
         add_records(self._trainer, self._recorded, snapshot)
@@ -75,13 +75,13 @@ class TrainerWorld(World):
         changed = [name for name, value in self._fingerprints().items() if before.get(name) != value]
         if changed:
             logger.warning(
-                f"The second pass of SAM changed {', '.join(changed)} of {type(self._trainer).__name__}, which then "
-                "counts each micro-batch twice. If these are records of compute_loss, name them: sam_recorded = "
-                f"(*SAMMixin.sam_recorded, {', '.join(map(repr, changed))})."
+                f"The second pass of SAM changed {', '.join(changed)} of {type(self._trainer).__name__}, which may now "
+                "count each micro-batch twice. If these are records of compute_loss, add them to sam_recorded: "
+                f"sam_recorded = (*SAMMixin.sam_recorded, {', '.join(map(repr, changed))})."
             )
 
     def _fingerprints(self) -> dict[str, Any]:
-        """Attributes that are not named as records, in a form that tells whether they change."""
+        """A value for each attribute that is not a record, which changes if the attribute changes."""
         return {
             name: _fingerprint(value)
             for name, value in vars(self._trainer).items()
@@ -89,13 +89,13 @@ class TrainerWorld(World):
         }
 
 
-def reached_by(trainer) -> list[tuple[str, Any]]:
-    """Modules, tensors and random generators that a trainer holds in attributes, or names in methods, and where."""
+def reachable_from_trainer(trainer) -> list[tuple[str, Any]]:
+    """Modules, tensors and random generators in attributes of a trainer, or used by its methods, with their paths."""
     found = []
     for name, value in vars(trainer).items():
         if name not in _HOST_ATTRIBUTES and not name.startswith("_sam"):
             found += [(f"{name}.{part}" if part else name, item) for part, item in reach(value)]
-    # What the host's own collators hold is looked into as well.
+    # Searched here, because `reach` does not search objects of transformers and TRL.
     collator = attributes(getattr(trainer, "data_collator", None)) or {}
     return [*found, *reach(collator), *reach_class(type(trainer))]
 
@@ -112,15 +112,15 @@ def add_records(owner: Any, names: tuple[str, ...], snapshot: Snapshot) -> None:
     """Capture attributes of `owner` by name.
 
     Raises:
-        ValueError: if the state of one cannot be put back; the message names the remedy.
+        ValueError: if the state of an attribute cannot be restored; the message names the remedy.
     """
     present = {name: getattr(owner, name) for name in names if hasattr(owner, name)}
     for name, value in present.items():
         if not snapshot.add(value, explicit=True):
             raise ValueError(
-                f"sam_recorded names {name!r}, a {type(value).__name__}, whose state cannot be put back after the "
-                "second pass of SAM. Keep numbers, containers, arrays, tensors, modules, or objects with attributes "
-                f"in it, or override sam_perturbed_context of {type(owner).__name__}."
+                f"sam_recorded names {name!r}, a {type(value).__name__}, whose state cannot be restored after the "
+                "second pass of SAM. Use numbers, containers, arrays, tensors, modules, or objects with attributes "
+                f"instead, or override sam_perturbed_context of {type(owner).__name__}."
             )
     snapshot.add_namespace(owner, present)
     absent = [name for name in names if name not in present]
@@ -134,9 +134,10 @@ def add_records(owner: Any, names: tuple[str, ...], snapshot: Snapshot) -> None:
 
 @contextlib.contextmanager
 def discard_appended(owner: Any, names: tuple[str, ...]) -> Iterator[None]:
-    """Around a micro-batch that is computed at the perturbed weights only.
+    """Context around a micro-batch that is computed only at the perturbed weights.
 
-    Counters of `owner` advance, but what is appended to its records belongs to the perturbed weights, and goes again.
+    Counters of `owner` advance, but values appended to its records are removed, because they belong to the perturbed
+    weights.
     """
     snapshot = Snapshot(TensorContents(), add_module)
     add_records(owner, names, snapshot)

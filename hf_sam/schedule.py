@@ -1,4 +1,4 @@
-"""When SAM acts and when the learning rate anneals, in optimizer steps."""
+"""The optimizer steps in which SAM acts, and the annealing of the learning rate."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,13 @@ from .step.variants import VARIANTS
 
 @dataclass(frozen=True)
 class SAMWindow:
-    """The optimizer steps in which SAM acts: `start, start + interval, ...` below `end`, counted as the host does."""
+    """The optimizer steps in which SAM acts: `start, start + interval, ...` below `end`.
+
+    Attributes:
+        start (`int`): first step, counted as `state.global_step` of `Trainer`.
+        end (`int`): end of the window (exclusive).
+        interval (`int`): distance of the steps with SAM.
+    """
 
     start: int
     end: int
@@ -17,12 +23,12 @@ class SAMWindow:
 
     @classmethod
     def resolve(cls, args: SAMArguments, max_steps: int) -> "SAMWindow":
-        """Window that `args` ask for.
+        """Compute the window for a run.
 
         Args:
-            args ([`SAMArguments`]): where they have a `first_step` (a run that begins with the checkpoint of another
-                one), counts and shares are those of the steps from there on.
-            max_steps (`int`): the host's count at the end of the run.
+            args ([`SAMArguments`]): the arguments. With `first_step` (a run that starts from the checkpoint of another
+                run), counts and fractions refer to the steps from there on.
+            max_steps (`int`): `state.max_steps` of `Trainer`.
         """
         first = getattr(args, "first_step", 0)
         own = max_steps - first
@@ -39,30 +45,30 @@ class SAMWindow:
         return len(range(self.start, self.end, self.interval))
 
     def describe_problem(self, args: SAMArguments, max_steps: int) -> str | None:
-        """What keeps SAM from acting as `args` seem to want it to, and the remedy; `None` if nothing does."""
+        """A warning, with the remedy, if SAM acts in none or only one step of the run; else `None`."""
         own = max_steps - getattr(args, "first_step", 0)
         if len(self) == 0:
             return (
                 f"SAM never acts in this run: its window of steps {self.start} to {self.end} is outside of the {own} "
-                f"steps of the run, which end at {max_steps}. Set sam_start_steps and sam_end_steps to shares of the "
-                "run (0.75), or train longer."
+                f"steps of the run, which end at {max_steps}. Set sam_start_steps and sam_end_steps to fractions of "
+                "the run (e.g. 0.75), or train longer."
             )
         if self.interval > 1 and len(self) == 1:
             return (
-                f"SAM acts in one step of this run only: sam_interval={self.interval} is longer than its window of "
+                f"SAM acts in only one step of this run: sam_interval={self.interval} is too large for its window of "
                 f"{self.end - self.start} steps. Lower sam_interval."
             )
         return None
 
 
 def extra_passes(args: SAMArguments, micro_batches: int) -> float:
-    """What a step with SAM takes beyond a plain one, in passes over its `micro_batches`: 1 for a whole ascent pass."""
-    share = ascent_count(args.sam_ascent_micro_batches, micro_batches) / micro_batches
-    return (VARIANTS[args.sam_variant].passes - 1) * share
+    """Passes over the `micro_batches` of a SAM step in addition to a plain step; 1 if the ascent pass uses all."""
+    fraction = ascent_count(args.sam_ascent_micro_batches, micro_batches) / micro_batches
+    return (VARIANTS[args.sam_variant].passes - 1) * fraction
 
 
 def annealing_kwargs(args: SAMArguments, max_steps: int, warmup_steps: int) -> dict:
-    """Arguments of the host's `warmup_stable_decay` schedule for the annealing that `args` ask for.
+    """Arguments of the `warmup_stable_decay` schedule of `Trainer` for annealing.
 
     Args:
         args ([`SAMArguments`]): with `anneal_steps` set.

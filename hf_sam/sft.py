@@ -25,14 +25,14 @@ SHIPPED[SFTConfig] = SAMSFTConfig
 class SAMSFTTrainer(SAMMixin, SFTTrainer):
     """[`~trl.SFTTrainer`] with sharpness-aware steps; takes [`SAMSFTConfig`]. See [`SAMMixin`].
 
-    TRL's own metrics (`entropy`, `mean_token_accuracy`, `num_tokens`) are those at the unperturbed weights.
+    TRL's metrics (`entropy`, `mean_token_accuracy`, `num_tokens`) are computed at the unperturbed weights.
 
     Raises:
-        ValueError: also if `args` have SAM fields, but not those of `SFTConfig`.
+        ValueError: see [`SAMMixin`]; also if `args` has SAM fields but is not an `SFTConfig`.
     """
 
     def __init__(self, model=None, args=None, *more, **kwargs):
         if isinstance(args, SAMArguments) and not isinstance(args, SFTConfig):
-            # TRL would rebuild them as a plain SFTConfig, which does not know the SAM fields.
+            # TRL would convert them to a plain SFTConfig and drop the SAM fields.
             raise ValueError(f"{type(self).__name__} needs hf_sam.SAMSFTConfig, but got {type(args).__name__}.")
         super().__init__(model, args, *more, **kwargs)

@@ -1,4 +1,4 @@
-"""`SAMTrainer`, and the mixin that gives the two-pass step to any `Trainer`."""
+"""`SAMTrainer`, and the mixin that adds the two-pass step to any `Trainer`."""
 
 import contextlib
 import functools
@@ -11,10 +11,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .arguments import SAMArguments
-from .configs import turn_into_sam
+from .configs import add_sam_fields
 from .history import SAMHistory
 from .model_card import describe_in_model_card
-from .records import TrainerWorld, discard_appended, reached_by
+from .records import TrainerWorld, discard_appended, reachable_from_trainer
 from .schedule import SAMWindow, annealing_kwargs, extra_passes
 from .step.backends import check_supported, has_own_scheduler
 from .step.parameters import check_perturbable, keep_adapters_in_fp32, select_names, trainable_parameters
@@ -24,71 +24,71 @@ from .step.sam_step import SAMStep
 
 logger = get_logger(__name__)
 
-# How TRL's trainers that generate their data show it; the last ones generate in another process.
+# Methods that identify TRL trainers that generate their training data; the trainers below do so in another process.
 _ON_POLICY_METHODS = {"_prepare_inputs", "_generate", "generate_on_policy_outputs"}
 _ON_POLICY_TRAINERS = {"AsyncGRPOTrainer", "AsyncDistillationTrainer"}
 
 
 def check_in_front(cls: type, mixin: type, name: str) -> None:
-    """Raises TypeError if a trainer class lists a mixin behind a trainer, which would never call it."""
+    """Raises TypeError if a class lists `mixin` after a `Trainer`, which would never call the mixin."""
     order = cls.__mro__
     if Trainer in order and order.index(Trainer) < order.index(mixin):
         raise TypeError(
-            f"{cls.__name__} lists {name} behind a Trainer, which would never call it. Put it in front: "
+            f"{cls.__name__} lists {name} after a Trainer, which would never call it. List it first: "
             f"class {cls.__name__}({name}, ...)."
         )
 
 
-def once_a_step(training_step: Callable) -> Callable:
-    """Mark the `training_step` of a class in front of [`SAMMixin`] as one that encloses both passes of a step."""
-    training_step.sam_once_a_step = True
+def once_per_step(training_step: Callable) -> Callable:
+    """Mark a `training_step` that comes before [`SAMMixin`] in the MRO as one that runs once around both passes."""
+    training_step.sam_once_per_step = True
     return training_step
 
 
-def _outermost(training_step: Callable) -> Callable:
-    """The same `training_step`, but the first one that is called runs SAM's two passes around itself.
+def _run_passes_around(training_step: Callable) -> Callable:
+    """Wrap a `training_step` such that SAM calls it for each micro-batch of both passes.
 
-    So a subclass of a SAM trainer sees each micro-batch with its gradient, in both passes, just as a trainer does that
-    SAM is mixed into.
+    So a subclass of a SAM trainer works like a trainer that SAM is mixed into: after `super().training_step()`, the
+    gradient of the micro-batch is there.
     """
-    if getattr(training_step, "sam_outermost", False) or getattr(training_step, "sam_once_a_step", False):
+    if getattr(training_step, "sam_runs_passes", False) or getattr(training_step, "sam_once_per_step", False):
         return training_step
 
     @functools.wraps(training_step)
-    def outermost(self, model, inputs, *args, **kwargs):
+    def wrapper(self, model, inputs, *args, **kwargs):
         return self._sam_training_step(functools.partial(training_step, self), model, inputs, *args, **kwargs)
 
-    outermost.sam_outermost = True
-    return outermost
+    wrapper.sam_runs_passes = True
+    return wrapper
 
 
 class SAMMixin:
     """Sharpness-aware training for any [`~transformers.Trainer`] subclass: `class MyTrainer(SAMMixin, Base)`.
 
-    Each optimizer step inside the window that the arguments set takes two passes over its micro-batches: the first
-    gives the ascent gradient g, the second the gradient at w + e, with which the host then clips and steps from w.
-    Everywhere else, and with `sam_rho=0`, the step is the host's own. A `training_step` of yours, before or behind this
-    class, is called for each micro-batch in each of the two passes; what it does to gradients it does in both.
+    Each optimizer step in the SAM window runs two passes over its micro-batches: the ascent pass computes the ascent
+    gradient g, the descent pass the gradient at w + e. `Trainer` clips this gradient and steps from w. All other steps,
+    and all steps with `sam_rho=0`, are those of `Trainer`. If you override `training_step`, in a base class or a
+    subclass, it is called for each micro-batch of both passes, and can change the gradients of both.
 
-    The arguments must carry the fields of [`SAMArguments`]. While SAM acts, the `loss` that the host logs stays the
-    one at the unperturbed weights, and the metrics of [`~hf_sam.step.metrics.SAMMetrics`] join the logs.
+    The arguments must have the fields of [`SAMArguments`]. The logged `loss` is always the loss at the unperturbed
+    weights. In steps with SAM, the metrics of [`~hf_sam.step.metrics.SAMMetrics`] are logged, too.
 
     Class attributes:
-        sam_recorded (`tuple[str, ...]`): attributes of the trainer that its `compute_loss` writes to: numbers,
-            containers, arrays, tensors, modules, objects with attributes. The second pass leaves no trace in them.
-            Holds those of TRL and sentence-transformers; extend it with your own:
-            `sam_recorded = (*SAMMixin.sam_recorded, "my_counter")`. Random generators and modules that the trainer
-            holds need not be named.
+        sam_recorded (`tuple[str, ...]`): attributes of the trainer that `compute_loss` writes to: numbers, containers,
+            arrays, tensors, modules, objects with attributes. They are restored after the second pass. Contains those
+            of TRL and sentence-transformers; add your own:
+            `sam_recorded = (*SAMMixin.sam_recorded, "my_counter")`. Random generators and modules in attributes of the
+            trainer are restored without being listed.
 
     Raises:
-        ValueError: at construction, if the arguments have no SAM fields or ask for something that cannot be done
-            right; the message names the remedy.
+        ValueError: at construction, if the arguments lack the SAM fields, or SAM does not support the set-up; the
+            message names the remedy.
     """
 
     sam_recorded: tuple[str, ...] = ("_metrics", "_stored_metrics", "_total_train_tokens", "accum_loss_components")
 
     def __init__(self, *args, **kwargs):
-        # What can be told now is told before the host prepares its models and datasets, which may take hours.
+        # Fail early: `Trainer` may prepare models and datasets for hours.
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
         sam = [value for value in given if isinstance(value, SAMArguments)]
         if given and not sam:
@@ -97,8 +97,8 @@ class SAMMixin:
             self._check_on_policy()
         super().__init__(*args, **kwargs)
         if not given and not isinstance(self.args, SAMArguments) and self._takes_arguments():
-            # The host makes arguments of its own where it gets none.
-            turn_into_sam(self.args)
+            # Without arguments, `Trainer` creates default ones, which lack the SAM fields.
+            add_sam_fields(self.args)
             logger.warning(
                 f"{type(self).__name__} got no arguments, so SAM is off. To turn it on, pass "
                 f"hf_sam.with_sam({type(self.args).__mro__[2].__name__})(output_dir=..., sam_rho=0.05)."
@@ -120,8 +120,8 @@ class SAMMixin:
         check_in_front(cls, SAMMixin, "SAMMixin")
         in_front = cls.__mro__[: cls.__mro__.index(SAMMixin)]
         first = next((vars(base)["training_step"] for base in in_front if "training_step" in vars(base)), None)
-        if first is not None and _outermost(first) is not first:
-            cls.training_step = _outermost(first)
+        if first is not None and _run_passes_around(first) is not first:
+            cls.training_step = _run_passes_around(first)
 
     # The step.
 
@@ -135,7 +135,7 @@ class SAMMixin:
         micro_batches = self._micro_batches()
 
         def forward_backward(batch):
-            # A micro-batch that an unfinished step left over is normalized by the length of its own step.
+            # A micro-batch from an unfinished step is normalized by the number of micro-batches of its own step.
             current, self.current_gradient_accumulation_steps = self._micro_batches(), micro_batches
             self._sam_inside = True
             try:
@@ -150,7 +150,7 @@ class SAMMixin:
             acted = sam.acted
             loss = sam(forward_backward, inputs)
         except BaseException:
-            # The host may start over with the model wrapped anew (auto_find_batch_size).
+            # `Trainer` may retry with a newly wrapped model (auto_find_batch_size).
             self._sam = None
             raise
         if sam.acted > acted:
@@ -159,8 +159,8 @@ class SAMMixin:
 
     @property
     def sam_history(self) -> SAMHistory:
-        """What SAM did in the run so far."""
-        # Looked up, because the host replaces callbacks by those of a checkpoint.
+        """Counts of the SAM steps of the run so far."""
+        # Not stored in an attribute, because `Trainer` replaces callbacks by those of a checkpoint.
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, SAMHistory))
 
     def train(self, *args, **kwargs):
@@ -172,13 +172,13 @@ class SAMMixin:
 
     @contextlib.contextmanager
     def sam_perturbed_context(self, replayed: bool) -> Iterator[None]:
-        """Around each micro-batch that is computed at the perturbed weights.
+        """Context around each micro-batch at the perturbed weights.
 
-        Nothing is logged in it, and what it appends to the attributes of `sam_recorded` is taken back. Override it for
-        records that are kept in another way; states of modules and random generators need no care.
+        It disables `log`, and removes values that are appended to the attributes in `sam_recorded`. Override it for
+        other kinds of records. States of modules and random generators are restored in any case.
 
         Args:
-            replayed (`bool`): whether the same micro-batch was computed, and recorded, at the unperturbed weights.
+            replayed (`bool`): whether the same micro-batch has been computed, and recorded, at the unperturbed weights.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(disable_method(self, "log"))
@@ -187,13 +187,13 @@ class SAMMixin:
             yield
 
     def _sam_acts(self) -> bool:
-        # Without an optimizer nothing is being trained: whoever calls the step wants loss and gradient at w.
+        # Without an optimizer nothing is trained; the caller wants loss and gradient at w.
         if self.args.sam_rho <= 0 or self.optimizer is None:
             return False
         return self.state.global_step in SAMWindow.resolve(self.args, self.state.max_steps)
 
     def _micro_batches(self) -> int:
-        # The last step of an epoch may have fewer than the arguments say.
+        # The last step of an epoch may have fewer micro-batches than `gradient_accumulation_steps`.
         return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
 
     def _sam_for(self, model) -> SAMStep:
@@ -221,16 +221,16 @@ class SAMMixin:
             if self._sam.backend.has_low_precision_weights():
                 self._warn_once(
                     "coarse weights",
-                    "SAM perturbs 16-bit weights that have no fp32 copy. Stochastic rounding keeps the perturbation "
-                    "right on average, but adds rounding noise that can be larger than the perturbation itself. For "
-                    "an exact step load the model in float32 and train with bf16=True or fp16=True.",
+                    "SAM perturbs 16-bit weights that have no fp32 copy. With stochastic rounding, the perturbation is "
+                    "correct on average, but the rounding noise can be larger than the perturbation itself. For an "
+                    "exact step, load the model in float32 and train with bf16=True or fp16=True.",
                 )
         return self._sam
 
     # What surrounds it.
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        # Hyperparameter search sets arguments after they were checked; this is the first hook that runs after it.
+        # Hyperparameter search changes arguments after construction; this is the first hook that runs afterwards.
         self.args.check_sam()
         self.args.claim_for_sam()
         self._check_sam()
@@ -245,7 +245,7 @@ class SAMMixin:
         try:
             return super().create_scheduler(num_training_steps, optimizer)
         finally:
-            # The saved arguments stay as the user gave them.
+            # So that `training_args.bin` contains the arguments of the user.
             self.args.lr_scheduler_kwargs = given
 
     def floating_point_ops(self, inputs):
@@ -261,8 +261,8 @@ class SAMMixin:
             if self.args.sam_rho > 0 and not self._sam_reached:
                 self._warn_once(
                     "never reached",
-                    f"SAM did not act: the `training_step` of {type(self).__name__} never calls that of SAMMixin. Call "
-                    "super().training_step() in it, or put SAMMixin in front of the class that overrides it.",
+                    f"SAM did not act: the `training_step` of {type(self).__name__} does not call that of SAMMixin. "
+                    "Call super().training_step() in it, or list SAMMixin before the class that overrides it.",
                 )
             logs.update(sam_logs)
         return super().log(logs, start_time)
@@ -278,7 +278,7 @@ class SAMMixin:
             card = os.path.join(self.args.output_dir, "README.md")
             describe_in_model_card(card, self.args, self.state.log_history, self.sam_history)
 
-    # What is refused.
+    # Checks.
 
     def _check_sam(self):
         if self.args.anneal_steps is not None:
@@ -289,31 +289,31 @@ class SAMMixin:
         optim = OptimizerNames(self.args.optim)
         if optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO) or "layerwise" in optim.value:
             raise ValueError(
-                f"SAM does not support optim={optim.value!r}, which updates the weights inside the backward pass, so "
-                "that there is no gradient to climb along. Use another optimizer, e.g. optim='adamw_torch'."
+                f"SAM does not support optim={optim.value!r}, which updates the weights inside the backward pass: "
+                "there is no gradient left for the ascent step. Use another optimizer, e.g. optim='adamw_torch'."
             )
         self._check_on_policy()
         if getattr(self, "is_distributed_loading_by_transformers", False):
             raise ValueError(
-                "SAM does not support a model that was sharded while it was loaded (`distributed_config`). Load it "
-                "normally and let the Trainer shard it with FSDP2 or DeepSpeed."
+                "SAM does not support models that are sharded while they are loaded (`distributed_config`). Load the "
+                "model without it, and let the Trainer shard it with FSDP2 or DeepSpeed."
             )
-        # A wrong pattern should be told now, not after the data was prepared and the model was sharded.
+        # Fail early for a wrong pattern, before the data is prepared and the model is sharded.
         trainable = trainable_parameters(self.model)
         check_perturbable(trainable)
-        # Whether what the trainer holds outside of the model trains, its optimizer says, which comes later.
+        # The optimizer, which decides what trains outside of the model, does not exist yet; accept all candidates.
         inside = {id(param) for param in self.model.parameters()}
-        outside = parameters_reached(reached_by(self), inside)
+        outside = parameters_reached(reachable_from_trainer(self), inside)
         select_names(trainable.keys() | outside.keys(), self.args.sam_target_modules, self.args.sam_exclude_modules)
 
     def _takes_arguments(self) -> bool:
-        """Whether the host's constructor has a parameter for the arguments, so that they could have been passed."""
+        """Whether the constructor of the base trainer has a parameter `args`."""
         order = type(self).__mro__
         for base in order[order.index(SAMMixin) + 1 :]:
             if "__init__" in vars(base):
                 parameters = inspect.signature(base.__init__).parameters.values()
                 named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-                if named != ["self"]:  # what only passes on what it gets says nothing
+                if named != ["self"]:  # skip constructors that only forward *args and **kwargs
                     return "args" in named
         return False
 
@@ -322,7 +322,7 @@ class SAMMixin:
             kind = type(args).__name__
             raise ValueError(
                 f"{type(self).__name__} needs arguments with SAM fields, but got {kind}. Pass "
-                "hf_sam.SAMTrainingArguments, hf_sam.SAMSFTConfig, or a config of your own with the SAM fields: "
+                "hf_sam.SAMTrainingArguments, hf_sam.SAMSFTConfig, or add the SAM fields to your config class: "
                 f"MyConfig = hf_sam.with_sam({kind})."
             )
 
@@ -330,9 +330,9 @@ class SAMMixin:
         hosts = [base for base in type(self).__mro__ if base.__module__.startswith("trl.")]
         if any(_ON_POLICY_METHODS & vars(base).keys() or base.__name__ in _ON_POLICY_TRAINERS for base in hosts):
             raise ValueError(
-                f"SAM does not support {type(self).__name__}, which generates its training data inside of the step: "
-                "the second pass would see other data than the first, and its importance weights compare with "
-                "log-probabilities at the unperturbed weights. Use a trainer that learns from a fixed dataset."
+                f"SAM does not support {type(self).__name__}, which generates its training data inside the step: the "
+                "second pass would use different data, and its importance weights would refer to log-probabilities at "
+                "the unperturbed weights. Use a trainer that learns from a fixed dataset."
             )
 
     def _check_substeps(self):
@@ -343,7 +343,7 @@ class SAMMixin:
             if function is not TrainerCallback.on_substep_end and "grad" in code_names(function):
                 raise ValueError(
                     f"{type(callback).__name__}.on_substep_end uses gradients between the micro-batches of a step, but "
-                    "SAM computes them all in the last one. Change gradients in `training_step`, after "
+                    "SAM computes all of them in the last micro-batch. Change gradients in `training_step`, after "
                     "super().training_step(), or in on_pre_optimizer_step."
                 )
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..runtime.sharding import check_gradients_accessible, is_sharded, local_shard, shard_like
 from ..step.parameters import plain_name
-from ..trainer import SAMMixin, check_in_front, once_a_step
+from ..trainer import SAMMixin, check_in_front, once_per_step
 from .fisher import load_fisher
 
 
@@ -163,7 +163,7 @@ class _PenaltyMixin:
                 "penalty. Put the penalty in front of SAM: class MyTrainer(EWCMixin, SAMTrainer)."
             )
 
-    @once_a_step  # in front of SAM, the penalty is taken at w
+    @once_per_step  # in front of SAM, the penalty is taken at w
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._penalties and self.accelerator.sync_gradients:

@@ -265,7 +265,7 @@ def test_wrong_combinations_are_reported(tmp_path, fisher):
             ewc_lambda=1.0,
             ewc_fisher=str(tmp_path / "other.safetensors"),
         )
-    with pytest.raises(TypeError, match="behind a Trainer"):
+    with pytest.raises(TypeError, match="after a Trainer"):
         type("Wrong", (Trainer, L2Mixin), {})
     with pytest.raises(ValueError, match="Put the penalty in front"):
         host(Behind, sam_arguments(), tmp_path, sam_rho=0.1, l2_lambda=1.0, sam_ascent_micro_batches=1)
