@@ -46,6 +46,8 @@ def test_importing_needs_only_what_is_installed_with_it():
         "import sys\n"
         f"for name in {others!r}: sys.modules[name] = None\n"
         "import hf_sam, hf_sam.baselines, hf_sam.evaluation, hf_sam.instruments, hf_sam.pretraining, hf_sam.report\n"
+        "import hf_sam.finetuning, hf_sam.experiments.driver, hf_sam.experiments.experiment\n"
+        "import hf_sam.experiments.toy_data\n"
         "for name in hf_sam.instruments.__all__: getattr(hf_sam.instruments, name)\n"
         "print(hf_sam.SAMTrainer.__name__, hf_sam.__version__)\n"
         "try: hf_sam.SAMSFTTrainer\n"

@@ -17,7 +17,7 @@ from ..runtime.config import ConfigParser, DryRunArguments
 from ..runtime.disk import write_json
 from ..runtime.distributed import join_processes, rank_and_world
 from ..runtime.run_record import FINISHED, read_finished
-from .evaluate import tell_failures
+from .evaluate import print_failures
 from .launch import run_or_launch
 
 
@@ -55,7 +55,7 @@ def compare(argv: list[str]) -> int:
     if rank_and_world()[0] == 0:
         for one, record in zip(settings, records, strict=True):
             write_report(record, one.output)
-            tell_failures(record)
+            print_failures(record)
         results = [Results(record) for record in records]
         if len(results) > 1:
             # Not known of a base model that was trained elsewhere.

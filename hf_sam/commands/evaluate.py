@@ -37,7 +37,7 @@ def measure(argv: list[str]) -> int:
         for path in write_report(record, settings.output):
             print(path)
         print(Path(settings.output) / "results.json")
-        tell_failures(record)
+        print_failures(record)
     return 1 if failed_parts(record) else 0
 
 
@@ -46,7 +46,7 @@ def failed_parts(record: dict) -> list[dict]:
     return [part for part in record["parts"] if part.get("error")]
 
 
-def tell_failures(record: dict) -> None:
+def print_failures(record: dict) -> None:
     """One line on standard error about what could not be measured, if there is something."""
     if failed := failed_parts(record):
         first = failed[0]
