@@ -1,4 +1,4 @@
-"""What a training run takes, computed without running it: budgets in tokens, memory of each device, time."""
+"""Plan a training run without running it: token budgets, memory per device, time."""
 
 from .budget import accumulation_for, parse_tokens, steps_for
 from .plan import Plan, measure_model

@@ -1,4 +1,4 @@
-"""Training budgets in tokens and batches in sequences, whatever the number of devices."""
+"""Convert token budgets and global batch sizes to optimizer steps and gradient accumulation."""
 
 import math
 import re
@@ -7,26 +7,26 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def parse_tokens(text: str | int | float) -> int:
-    """Number of tokens that a budget like `50B`, `10M`, `3e9` or `2_000_000` names.
+    """Parse a token budget such as `50B`, `10M`, `3e9` or `2_000_000`.
 
     Raises:
-        ValueError: if it is not a positive whole number of tokens.
+        ValueError: if it is not a positive whole number.
     """
     match = re.fullmatch(r"([\d_]*\.?\d+(?:e[+-]?\d+)?)\s*([kmbt]?)", str(text).strip().lower())
     tokens = float(match[1].replace("_", "")) * _UNITS[match[2]] if match else math.nan
-    # Up to the rounding of 0.1 and the like.
+    # With a tolerance for decimal fractions such as 0.1.
     if not (math.isfinite(tokens) and tokens >= 1 and abs(tokens - round(tokens)) < 1e-6):
-        raise ValueError(f"train_tokens={text!r} is no number of tokens: write 50B, 10M, 500k or 2000000.")
+        raise ValueError(f"train_tokens={text!r} is not a number of tokens: write 50B, 10M, 500k or 2000000.")
     return round(tokens)
 
 
 def steps_for(tokens: int, sequences: int, length: int) -> int:
-    """Optimizer steps that train on a budget, the last one whole.
+    """Optimizer steps for a token budget, rounded up.
 
     Args:
         tokens (`int`): the budget.
-        sequences (`int`): sequences of an optimizer step, over all devices.
-        length (`int`): tokens of a sequence.
+        sequences (`int`): sequences per optimizer step, over all devices.
+        length (`int`): tokens per sequence.
 
     Raises:
         ValueError: if the budget is smaller than one step.
@@ -40,21 +40,21 @@ def steps_for(tokens: int, sequences: int, length: int) -> int:
 
 
 def accumulation_for(sequences: int, per_device: int, devices: int) -> int:
-    """Micro-batches of an optimizer step that make a global batch.
+    """Gradient accumulation steps for a global batch size.
 
     Args:
-        sequences (`int`): sequences of an optimizer step, over all devices.
-        per_device (`int`): sequences of a micro-batch on one device.
+        sequences (`int`): sequences per optimizer step, over all devices.
+        per_device (`int`): sequences per micro-batch on one device.
         devices (`int`): number of processes.
 
     Raises:
-        ValueError: if they do not make it exactly.
+        ValueError: if the global batch size is not a multiple of `per_device * devices`.
     """
     accumulation, rest = divmod(sequences, per_device * devices)
     if rest or not accumulation:
         raise ValueError(
-            f"global_batch_size={sequences} is no multiple of per_device_train_batch_size={per_device} on {devices} "
-            f"device{'s' if devices > 1 else ''}. Lower per_device_train_batch_size (SAM and plain training alike "
-            "accumulate the rest), or change the number of devices."
+            f"global_batch_size={sequences} is not a multiple of per_device_train_batch_size={per_device} on {devices} "
+            f"device{'s' if devices > 1 else ''}. Lower per_device_train_batch_size (gradient accumulation makes up "
+            "for it, with SAM and without), or change the number of devices."
         )
     return accumulation

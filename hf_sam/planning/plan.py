@@ -1,7 +1,7 @@
-"""What a run will take, told without running it: tokens, steps, memory of each device, time; with SAM and without.
+"""Plan a run without running it: tokens, steps, memory per device and time, with and without SAM.
 
-Memory of weights and optimizer is counted; that of activations is taken from a forward pass of the real model over
-tensors without content, as what autograd keeps for the backward pass.
+The memory of weights and optimizer states is calculated. The memory of activations is measured as what autograd saves
+in a forward pass of the model with fake tensors.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 peak in FLOP/s, from the vendor's data sheets, and the share of it that such runs reach.
+# Dense bf16 peak in FLOP/s, from the data sheets of the vendor, and the model FLOPs utilization of such runs.
 DEVICES = {"A100": 312e12, "H100": 989e12}
 UTILIZATION = 0.4
 
@@ -18,19 +18,19 @@ STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes that memory and time follow from.
+    """Sizes that determine memory and time.
 
     Attributes:
-        parameters (`int`): all of them.
-        trainable (`int`): those that have a gradient.
-        multiplied (`int`): those that each token is multiplied with: all but input embeddings that are not tied.
-        largest_unit (`int`): parameters of the largest block, or of all outside of blocks, which sharded strategies
-            gather as one.
+        parameters (`int`): number of parameters.
+        trainable (`int`): number of trainable parameters.
+        multiplied (`int`): number of parameters in matrix multiplications: all but untied input embeddings.
+        largest_unit (`int`): parameters that sharded strategies gather at once: the largest block, or everything
+            outside of the blocks.
         layers (`int`): number of blocks.
-        hidden (`int`): width.
-        vocabulary (`int`): number of tokens.
-        activations (`int`): bytes that autograd keeps of one micro-batch, of fp32 weights under autocast.
-        activations_16 (`int`): of bf16 weights, as sharded strategies and ZeRO have them.
+        hidden (`int`): hidden size.
+        vocabulary (`int`): vocabulary size.
+        activations (`int`): bytes that autograd saves for one micro-batch, with fp32 weights under autocast.
+        activations_16 (`int`): bytes that autograd saves with bf16 weights, as in sharded strategies and ZeRO.
     """
 
     parameters: int
@@ -47,21 +47,22 @@ class ModelSize:
 def measure_model(
     make_model, batch: int, length: int, *, bf16: bool = True, gradient_checkpointing: bool = False
 ) -> ModelSize:
-    """Sizes of a model that is never given memory.
+    """Measure the sizes of a model without allocating memory for it.
 
     Args:
-        make_model (`Callable[[torch.dtype], PreTrainedModel]`): makes it.
-        batch (`int`): sequences of a micro-batch.
-        length (`int`): tokens of a sequence.
-        bf16 (`bool`): whether it runs in bf16.
-        gradient_checkpointing (`bool`): whether blocks are computed again in the backward pass.
+        make_model (`Callable[[torch.dtype], PreTrainedModel]`): creates the model.
+        batch (`int`): sequences per micro-batch.
+        length (`int`): tokens per sequence.
+        bf16 (`bool`): whether training runs in bf16.
+        gradient_checkpointing (`bool`): whether blocks are recomputed in the backward pass.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = make_model(torch.float32)
-        kept = _kept(model, batch, length, bf16, gradient_checkpointing)
-        kept_16 = _kept(make_model(torch.bfloat16), batch, length, False, gradient_checkpointing) if bf16 else kept
+        saved = saved_16 = _saved_bytes(model, batch, length, bf16, gradient_checkpointing)
+        if bf16:
+            saved_16 = _saved_bytes(make_model(torch.bfloat16), batch, length, False, gradient_checkpointing)
         config = model.config.get_text_config()
         blocks = [sum(p.numel() for p in layer.parameters()) for layer in _blocks(model)]
         parameters = sum(param.numel() for param in model.parameters())
@@ -75,32 +76,32 @@ def measure_model(
             layers=len(blocks),
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
-            activations=kept,
-            activations_16=kept_16,
+            activations=saved,
+            activations_16=saved_16,
         )
 
 
-def _kept(model, batch: int, length: int, autocast: bool, gradient_checkpointing: bool) -> int:
-    """Bytes that autograd keeps for the backward pass, without the weights."""
+def _saved_bytes(model, batch: int, length: int, autocast: bool, gradient_checkpointing: bool) -> int:
+    """Bytes that autograd saves for the backward pass, without the weights."""
     model.train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     own = {param.untyped_storage()._cdata for param in model.parameters()}
-    kept: dict[int, tuple[int, object]] = {}
+    saved: dict[int, tuple[int, object]] = {}
 
-    def keep(tensor):
+    def save(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes(), storage  # held, so that no other gets its address
+            saved[storage._cdata] = storage.nbytes(), storage  # the reference keeps the address unique
         return tensor
 
     ids = torch.zeros(batch, length, dtype=torch.long)
     with (
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
     ):
         model(input_ids=ids, labels=ids)
-    return sum(size for size, _ in kept.values())
+    return sum(size for size, _ in saved.values())
 
 
 def _blocks(model) -> list[torch.nn.Module]:
@@ -109,25 +110,25 @@ def _blocks(model) -> list[torch.nn.Module]:
 
 
 def memory(size: ModelSize, strategy: str, devices: int, batch: int, length: int, *, sam: bool) -> dict[str, int]:
-    """Bytes on each device, at the peak of a step, by what they hold.
+    """Peak memory of a step on each device, in bytes, by category.
 
-    Weights are kept in fp32, under ZeRO in bf16 with fp32 masters; AdamW keeps two fp32 moments. DDP holds gradients a
-    second time, in its buckets; FSDP2 holds those of all weights, in bf16, while micro-batches are accumulated. SAM
-    keeps a copy of the trainable weights during its second pass, but under ZeRO, which restores them from the masters.
+    Weights are in fp32, under ZeRO in bf16 with fp32 masters; AdamW has two fp32 moments. DDP has a second copy of the
+    gradients in its buckets. FSDP2 has unsharded bf16 gradients during gradient accumulation. SAM has a copy of the
+    trainable weights during the descent pass, except under ZeRO, which restores them from the masters.
 
     Args:
-        size ([`ModelSize`]): of the model.
+        size ([`ModelSize`]): sizes of the model.
         strategy (`str`): one of `STRATEGIES`.
-        devices (`int`): how many share the work.
-        batch (`int`): sequences of a micro-batch.
-        length (`int`): tokens of a sequence.
-        sam (`bool`): whether steps take two passes.
+        devices (`int`): number of devices.
+        batch (`int`): sequences per micro-batch.
+        length (`int`): tokens per sequence.
+        sam (`bool`): whether steps run two passes.
 
     Returns:
-        `dict[str, int]`: bytes of weights, gradients, optimizer, sam, activations and logits.
+        `dict[str, int]`: bytes of `weights`, `gradients`, `optimizer`, `sam`, `activations` and `logits`.
     """
     whole, trained = size.parameters, size.trainable
-    gathered = 2 * 2 * size.largest_unit if devices > 1 else 0  # one in use, the next on its way
+    gathered = 2 * 2 * size.largest_unit if devices > 1 else 0  # one unit in use, the next one prefetched, in bf16
     weights, gradients, optimizer, copy = {
         "ddp": (4 * whole, (8 if devices > 1 else 4) * trained, 8 * trained, 4 * trained),
         "fsdp2": (
@@ -146,31 +147,31 @@ def memory(size: ModelSize, strategy: str, devices: int, batch: int, length: int
         "optimizer": math.ceil(optimizer),
         "sam": math.ceil(copy) if sam else 0,
         "activations": size.activations if strategy == "ddp" else size.activations_16,
-        # The gradient of the logits, in fp32, beside those that are kept.
+        # The fp32 gradient of the logits, in addition to the saved logits.
         "logits": 4 * batch * length * size.vocabulary,
     }
 
 
 def flops(size: ModelSize, tokens: int, length: int) -> float:
-    """Floating-point operations of plain training: 6 for each weight and token, and those of causal attention.
+    """Floating-point operations of plain training: 6 per parameter and token, plus causal attention.
 
-    Without recomputation (gradient checkpointing), as model FLOPs are usually counted (PaLM, arXiv 2204.02311).
+    These are model FLOPs, without recomputation in gradient checkpointing (PaLM, arXiv 2204.02311).
     """
     return tokens * (6 * size.multiplied + 6 * size.layers * size.hidden * length)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take.
+    """The plan of a run.
 
     Attributes:
-        tokens (`int`): to train on.
-        steps (`int`): optimizer steps.
-        sequences (`int`): of a step.
-        length (`int`): tokens of a sequence.
-        passes (`float`): passes of SAM's steps for each of plain training: 2 if SAM acts in all of them.
-        size ([`ModelSize`]): of the model.
-        batch (`int`): sequences of a micro-batch.
+        tokens (`int`): number of training tokens.
+        steps (`int`): number of optimizer steps.
+        sequences (`int`): sequences per optimizer step.
+        length (`int`): tokens per sequence.
+        passes (`float`): average number of passes per optimizer step with SAM; 2 if SAM acts in all steps.
+        size ([`ModelSize`]): sizes of the model.
+        batch (`int`): sequences per micro-batch.
         devices (`int`): number of devices.
     """
 
@@ -184,21 +185,21 @@ class Plan:
     devices: int
 
     def hours(self, device: str, sam: bool) -> float:
-        """Hours on all devices, at `UTILIZATION` of their peak."""
+        """Duration in hours, at `UTILIZATION` of the peak FLOP/s of all devices."""
         work = flops(self.size, self.tokens, self.length) * (self.passes if sam else 1)
         return work / (DEVICES[device] * UTILIZATION * self.devices) / 3600
 
     def text(self) -> str:
-        """The plan in words and Markdown tables."""
+        """The plan as text with Markdown tables."""
         from ..runtime.markdown import markdown_table
 
         size = self.size
         lines = [
-            f"{size.parameters:,} parameters, {self.tokens:,} tokens ({self.tokens / size.parameters:.1f} a "
+            f"{size.parameters:,} parameters, {self.tokens:,} tokens ({self.tokens / size.parameters:.1f} per "
             f"parameter) in {self.steps:,} optimizer steps of {self.sequences} x {self.length} tokens, on "
             f"{self.devices} device{'s' if self.devices > 1 else ''} with micro-batches of {self.batch}.",
             "",
-            "Memory of each device in GiB, at the peak of a step:",
+            "Peak memory per device in GiB:",
             "",
         ]
         rows = []

@@ -1,10 +1,10 @@
-"""Pretraining, annealing and mid-training on text: budgets in tokens, packing, exact resumption.
+"""Pretraining, annealing and mid-training on text: token budgets, packing, exact resumption.
 
 - [`PretrainingArguments`], [`ModelArguments`], [`DataArguments`]: the settings
-- [`pretrain`]: a run from its settings to the saved model
-- [`plan`]: what it will take, told without running it
-- [`PretrainingTrainer`]: the trainer, for a script of one's own
-- [`PackedRows`], [`PackedStream`], [`Mixture`]: documents as rows of one length, tokenized before or while training
+- [`pretrain`]: run a training from its settings to the saved model
+- [`plan`]: estimate the cost of a run without running it
+- [`PretrainingTrainer`]: the trainer, for custom scripts
+- [`PackedRows`], [`PackedStream`], [`Mixture`]: documents packed into rows, tokenized before or during training
 - [`ZLoss`]: the loss of OLMo-2
 """
 

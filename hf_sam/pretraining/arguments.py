@@ -12,58 +12,60 @@ from ..runtime.distributed import launched_world_size
 from ..runtime.fingerprint import fingerprint
 
 
-@dataclass(repr=False)  # the host's own leaves tokens out
+@dataclass(repr=False)  # the repr of TrainingArguments hides tokens
 class PretrainingArguments(SAMTrainingArguments):
     """[`SAMTrainingArguments`] with budgets in tokens and sequences instead of steps and micro-batches.
 
     Parameters:
         train_tokens (`str`, *optional*):
-            Tokens to train on: `50B`, `10M`; with `anneal_from` those of the annealing, or a share of the steps
-            before it: `10%`. Sets `max_steps`.
+            Number of tokens to train on: `50B`, `10M`. With `anneal_from`, the tokens of the annealing phase, or a
+            percentage of the steps of the checkpoint: `10%`. Sets `max_steps`.
         global_batch_size (`int`, *optional*):
-            Sequences of an optimizer step over all devices. Sets `gradient_accumulation_steps`.
+            Sequences per optimizer step over all devices. Sets `gradient_accumulation_steps`.
         sequence_length (`int`, *optional*, defaults to 2048):
-            Tokens of a row.
+            Tokens per row.
         document_mask (`bool`, *optional*, defaults to `False`):
-            Attention stays inside of documents.
+            Mask attention between documents.
         z_loss (`float`, *optional*, defaults to 0):
-            Weight of the z-loss; OLMo-2 has 1e-5.
+            Weight of the z-loss; 1e-5 in OLMo-2.
         no_weight_decay (`list[str]`, *optional*):
-            Regular expressions of parameter names without weight decay, e.g. `embed_tokens`; all others have it. When
-            omitted, the host's rule: none on biases and norms.
+            Regular expressions over parameter names, e.g. `embed_tokens`: parameters without weight decay. When
+            omitted, biases and norms have no weight decay, as in `Trainer`.
         anneal_from (`str`, *optional*):
-            A checkpoint of a run at a constant learning rate. Weights, optimizer state and place in the data are
-            taken over, and the learning rate decays from there to the end of `train_tokens`.
+            A checkpoint of a run with constant learning rate. The run continues with its weights, optimizer state and
+            data position, and the learning rate decays over `train_tokens`.
         num_train_epochs (`float`, *optional*, defaults to 1):
-            With `train_tokens`, how many passes over the data the budget may take.
+            With `train_tokens`, the maximum number of passes over the data.
 
     Raises:
-        ValueError: if the budget or the batch cannot be had.
+        ValueError: if the token budget or the batch size is impossible.
     """
 
     train_tokens: str | None = field(
         default=None,
-        metadata={"help": "Tokens to train on, e.g. 50B or 10M; with anneal_from also a share of its steps: 10%%."},
+        metadata={
+            "help": "Training tokens, e.g. 50B or 10M; with anneal_from also a percentage of its steps, e.g. 10%%."
+        },
     )
     global_batch_size: int | None = field(
-        default=None, metadata={"help": "Sequences of an optimizer step over all devices; sets the accumulation."}
+        default=None,
+        metadata={"help": "Sequences per optimizer step over all devices; sets gradient_accumulation_steps."},
     )
-    sequence_length: int = field(default=2048, metadata={"help": "Tokens of a row."})
-    document_mask: bool = field(default=False, metadata={"help": "Keep attention inside of documents."})
+    sequence_length: int = field(default=2048, metadata={"help": "Tokens per row."})
+    document_mask: bool = field(default=False, metadata={"help": "Mask attention between documents."})
     z_loss: float = field(default=0.0, metadata={"help": "Weight of the z-loss, the mean square of log Z."})
     no_weight_decay: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Regular expressions of parameter names without weight decay; all others have it. Default: the "
-            "rule of Trainer, none on biases and norms."
+            "help": "Regular expressions of parameters without weight decay. Default: biases and norms, as in Trainer."
         },
     )
     anneal_from: str | None = field(
         default=None,
-        metadata={"help": "Checkpoint at a constant learning rate to go on from, decaying the rate to the end."},
+        metadata={"help": "Checkpoint of a run with constant learning rate to continue from with a final decay."},
     )
     num_train_epochs: float = field(
-        default=1.0, metadata={"help": "Passes over the data; with train_tokens, how many the budget may take."}
+        default=1.0, metadata={"help": "Passes over the data; with train_tokens, the maximum number of passes."}
     )
 
     def __post_init__(self):
@@ -78,7 +80,7 @@ class PretrainingArguments(SAMTrainingArguments):
             raise ValueError(f"z_loss={self.z_loss} must be 0 or larger.")
         if isinstance(self.no_weight_decay, str):
             self.no_weight_decay = [self.no_weight_decay]
-        # Before the host's own checks: DeepSpeed's "auto" values are filled in there.
+        # Before the checks of `TrainingArguments`, which fill in DeepSpeed's "auto" values.
         if self.global_batch_size is not None:
             devices = launched_world_size()
             self.gradient_accumulation_steps = accumulation_for(
@@ -88,9 +90,10 @@ class PretrainingArguments(SAMTrainingArguments):
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be a whole number of passes.")
         if self.restore_callback_states_from_checkpoint:
             raise ValueError(
-                "restore_callback_states_from_checkpoint would make anew what holds the place in the data. Drop it."
+                "restore_callback_states_from_checkpoint would replace the callback that saves the data position. Drop "
+                "it."
             )
-        # The data is in the order of training already.
+        # The rows are already in the order of training.
         self.train_sampling_strategy = "sequential"
         if self.train_tokens is not None:
             self.max_steps = self._steps()
@@ -99,19 +102,19 @@ class PretrainingArguments(SAMTrainingArguments):
         super().__post_init__()
         if self.n_gpu > 1:
             raise ValueError(
-                f"One process has {self.n_gpu} GPUs, among which DataParallel would share each batch out. Start one "
-                "process for each: accelerate launch SCRIPT ..."
+                f"One process sees {self.n_gpu} GPUs, so Trainer would use DataParallel, which is not supported. Start "
+                "one process per GPU: accelerate launch SCRIPT ..."
             )
 
     @property
     def sequences(self) -> int:
-        """Sequences of an optimizer step over all devices."""
+        """Sequences per optimizer step over all devices."""
         devices = launched_world_size()
         return self.per_device_train_batch_size * devices * self.gradient_accumulation_steps
 
     @property
     def first_step(self) -> int:
-        """Step of the checkpoint that an annealing begins with, or 0."""
+        """Step of the checkpoint `anneal_from`, or 0."""
         return 0 if self.anneal_from is None else checkpoint_step(self.anneal_from)
 
     def _steps(self) -> int:
@@ -119,10 +122,15 @@ class PretrainingArguments(SAMTrainingArguments):
         share = re.fullmatch(r"([\d.]+)\s*%", str(self.train_tokens).strip())
         if share:
             if self.anneal_from is None:
-                raise ValueError(f"train_tokens={self.train_tokens!r} is a share of the steps of anneal_from; set it.")
+                raise ValueError(
+                    f"train_tokens={self.train_tokens!r} is a percentage of the steps of anneal_from. Set anneal_from, "
+                    "or a number of tokens."
+                )
             steps = math.ceil(first * float(share[1]) / 100)
             if steps < 1:
-                raise ValueError(f"train_tokens={self.train_tokens!r} of {first} steps is less than one.")
+                raise ValueError(
+                    f"train_tokens={self.train_tokens!r} of {first} steps is less than one step. Raise train_tokens."
+                )
         else:
             steps = steps_for(parse_tokens(self.train_tokens), self.sequences, self.sequence_length)
         if self.anneal_from is not None:
@@ -131,24 +139,24 @@ class PretrainingArguments(SAMTrainingArguments):
 
 
 def checkpoint_step(folder: str | Path) -> int:
-    """Optimizer steps behind a checkpoint of a Trainer.
+    """Number of optimizer steps of a checkpoint of `Trainer`.
 
     Raises:
-        ValueError: if the folder is none.
+        ValueError: if the folder is not a checkpoint.
     """
     folder = Path(folder)
     try:
         step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{str(folder)!r} is no checkpoint of a training run (it has no trainer_state.json that can be read). Name "
-            "a folder checkpoint-N in anneal_from; to start from weights alone, name them in model_name_or_path."
+            f"{str(folder)!r} is not a checkpoint of a training run (it has no readable trainer_state.json). Set "
+            "anneal_from to a folder checkpoint-N; to start from weights only, set model_name_or_path."
         ) from error
     return int(step)
 
 
 def checkpoint_hash(folder: str | None) -> str | None:
-    """Hash of the log of the run that a checkpoint belongs to; None without one."""
+    """Fingerprint of a checkpoint, from its `trainer_state.json`; None for None."""
     if folder is None:
         return None
     return fingerprint((Path(folder) / "trainer_state.json").read_bytes())
@@ -156,64 +164,65 @@ def checkpoint_hash(folder: str | None) -> str | None:
 
 @dataclass
 class ModelArguments:
-    """Which model is trained.
+    """The model to train.
 
     Parameters:
-        model_name_or_path (`str`, *optional*): a folder, or an id of the hub; its weights are the start.
-        model_revision (`str`, *optional*): branch, tag or commit on the hub.
-        config_name (`str`, *optional*): a JSON file or folder with the configuration of a model with random weights.
-        tokenizer_name (`str`, *optional*): a folder or an id of the hub; that of the model when omitted.
+        model_name_or_path (`str`, *optional*): a folder or a Hub id; training starts from its weights.
+        model_revision (`str`, *optional*): branch, tag or commit on the Hub.
+        config_name (`str`, *optional*): a JSON file or folder with a model config; training starts from random weights.
+        tokenizer_name (`str`, *optional*): a folder or a Hub id; that of the model when omitted.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that comes with the model.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or hub id of the model."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id of the model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     config_name: str | None = field(
-        default=None, metadata={"help": "Configuration (JSON file or folder) of a model that starts from scratch."}
+        default=None, metadata={"help": "Model config (JSON file or folder); training starts from random weights."}
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Folder or hub id; default: the model's."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Folder or Hub id; default: the model's."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
 @dataclass
 class DataArguments:
-    """What it is trained on.
+    """The data to train on.
 
     Parameters:
         datasets (`list[str]`):
-            Files, patterns of files, folders, or `HUB/ID[/FOLDER][:CONFIG][@REVISION]`.
+            Files, glob patterns, folders, or `HUB/ID[/FOLDER][:CONFIG][@REVISION]`.
         dataset_weights (`list[float]`, *optional*):
-            Shares of tokens; equal ones when omitted.
+            Fractions of the tokens from each dataset; equal when omitted.
         dataset_split (`str`, *optional*):
-            Split of all of them; train when omitted.
+            Split of all datasets; `train` when omitted.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column of text.
+            Name of the text column.
         streaming (`bool`, *optional*, defaults to `False`):
-            Read and tokenize while training. Otherwise all is tokenized first, and kept in the cache of `datasets`.
+            Read and tokenize during training. Otherwise all data is tokenized first and cached by `datasets`.
         preprocessing_num_workers (`int`, *optional*, defaults to 1):
-            Processes (threads when streaming) that tokenize.
+            Number of tokenization processes (threads when streaming).
         block_rows (`int`, *optional*, defaults to 16384):
-            Rows of a block, in which mixtures are exact and streams are shuffled.
+            Rows per block. The mixture is exact in each block, and streams are shuffled within blocks.
     """
 
     datasets: list[str] = field(
         default_factory=list, metadata={"help": "Files, patterns, folders, or HUB/ID[/FOLDER][:CONFIG][@REVISION]."}
     )
     dataset_weights: list[float] | None = field(
-        default=None, metadata={"help": "Shares of tokens of the datasets; equal ones by default."}
+        default=None, metadata={"help": "Fractions of the tokens from each dataset; default: equal."}
     )
     dataset_split: str | None = field(default=None, metadata={"help": "Split of the datasets; default: train."})
-    text_column: str = field(default="text", metadata={"help": "Column of text."})
-    streaming: bool = field(default=False, metadata={"help": "Read and tokenize while training, instead of before it."})
+    text_column: str = field(default="text", metadata={"help": "Name of the text column."})
+    streaming: bool = field(default=False, metadata={"help": "Read and tokenize during training instead of before it."})
     preprocessing_num_workers: int = field(
-        default=1, metadata={"help": "Processes (threads when streaming) that tokenize."}
+        default=1, metadata={"help": "Number of tokenization processes (threads when streaming)."}
     )
     block_rows: int = field(
-        default=16384, metadata={"help": "Rows of a block, in which mixtures are exact and streams are shuffled."}
+        default=16384,
+        metadata={"help": "Rows per block; mixtures are exact in each block, streams are shuffled within blocks."},
     )
 
     def check(self) -> None:
-        """Raises ValueError if something is missing or contradicts something else."""
+        """Raises ValueError if a setting is missing, out of range, or contradicts another one."""
         if not self.datasets:
             raise ValueError("Say what to train on: datasets, e.g. allenai/dolmino-mix-1124:dclm or texts.jsonl.")
         weights = self.dataset_weights

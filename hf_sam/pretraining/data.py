@@ -1,4 +1,4 @@
-"""The training data of a run: the same order of rows, tokenized before or while training, from any place in it."""
+"""The training data of a run: rows in a fixed order, tokenized before or during training, from any position."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ logger = get_logger(__name__)
 
 @dataclass
 class TrainingData:
-    """Rows in the order of training, and where in them the run stands.
+    """Rows in the order of training, and the position of the run in them.
 
     Attributes:
-        dataset (`MixedRows` or `PackedStream`): what the trainer reads.
-        fingerprint (`str`): hash of all that the order of rows depends on.
-        first_row (`int`): row of the data that step `first_step` of the run begins with.
+        dataset (`MixedRows` or `PackedStream`): training dataset of the trainer.
+        fingerprint (`str`): fingerprint of everything that determines the order of rows.
+        first_row (`int`): first row of optimizer step `first_step`.
         first_step (`int`): see `first_row`.
-        sequences (`int`): rows of an optimizer step.
+        sequences (`int`): rows per optimizer step.
     """
 
     dataset: MixedRows | PackedStream
@@ -33,7 +33,7 @@ class TrainingData:
     sequences: int
 
     def position(self, step: int) -> dict:
-        """Where the data stands after `step` optimizer steps: plain numbers, for JSON."""
+        """The data position after `step` optimizer steps, as plain JSON values."""
         row = self.first_row + (step - self.first_step) * self.sequences
         place = {"fingerprint": self.fingerprint, "row": row}
         if isinstance(self.dataset, PackedStream):
@@ -45,42 +45,46 @@ def training_data(
     data: DataArguments,
     args: PretrainingArguments,
     tokenizer,
-    before: dict | None = None,
-    now: dict | None = None,
+    anneal_position: dict | None = None,
+    resume_position: dict | None = None,
     step: int = 0,
 ) -> TrainingData:
-    """The rows that a run trains on.
+    """Open the rows that a run trains on, at its position.
 
     Args:
         data ([`DataArguments`]): the datasets.
         args ([`PretrainingArguments`]): length of rows and of the run.
-        tokenizer (`PreTrainedTokenizerBase`): with an end-of-text token.
-        before (`dict`, *optional*): position of the data in the checkpoint of `anneal_from`; data other than that
-            begins at its beginning.
-        now (`dict`, *optional*): position of the data in the checkpoint that this run goes on from.
-        step (`int`): optimizer steps behind that checkpoint.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer with an end-of-text token.
+        anneal_position (`dict`, *optional*): data position of the checkpoint `anneal_from`. If the run uses other data,
+            it starts with the first row instead.
+        resume_position (`dict`, *optional*): data position of the checkpoint that the run resumes from.
+        step (`int`): optimizer step of that checkpoint.
 
     Raises:
-        ValueError: if data is missing, of another form, or too little, or if `now` is not the place of `step`.
+        ValueError: if data is missing, malformed or too short, or `resume_position` does not match `step`.
     """
     data.check()
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no end-of-text token (eos_token), which stands between documents.")
-    fingerprint = data_fingerprint(data, args, tokenizer)
-    if now is not None and now["fingerprint"] != fingerprint:
         raise ValueError(
-            f"The checkpoints in {args.output_dir!r} were made with other data, tokenizer, sequence_length or seed, so "
-            "the run cannot go on where it was. Restore those (files too), or choose another output_dir."
+            "The tokenizer has no end-of-text token (eos_token), which separates documents. Set one and save the "
+            "tokenizer."
         )
-    same = before is not None and before["fingerprint"] == fingerprint
-    if before is not None and not same:
-        logger.warning("The data is not that of the checkpoint in anneal_from, so it begins at its beginning.")
-    first_row = before["row"] if same else 0
-    row = first_row + (step - args.first_step) * args.sequences
-    if now is not None and now["row"] != row:
+    fingerprint = data_fingerprint(data, args, tokenizer)
+    if resume_position is not None and resume_position["fingerprint"] != fingerprint:
         raise ValueError(
-            f"The checkpoints in {args.output_dir!r} were made with another global batch size: {now['row']} rows in "
-            f"{step} steps, not {row}. Restore it (global_batch_size), or choose another output_dir."
+            f"The checkpoints in {args.output_dir!r} were saved with other data, tokenizer, sequence_length or seed, "
+            "so the run cannot resume from them. Restore these settings and files, or choose another output_dir."
+        )
+    same = anneal_position is not None and anneal_position["fingerprint"] == fingerprint
+    if anneal_position is not None and not same:
+        logger.warning("The data differs from that of the checkpoint anneal_from, so it is read from its first row.")
+    first_row = anneal_position["row"] if same else 0
+    row = first_row + (step - args.first_step) * args.sequences
+    if resume_position is not None and resume_position["row"] != row:
+        raise ValueError(
+            f"The checkpoints in {args.output_dir!r} were saved with another global_batch_size: they have used "
+            f"{resume_position['row']} rows in {step} steps, not {row}. Restore global_batch_size, or choose another "
+            "output_dir."
         )
     rows = (args.max_steps - args.first_step) * args.sequences
     sources = [TextSource(spec, data.text_column, data.dataset_split) for spec in data.datasets]
@@ -98,17 +102,17 @@ def training_data(
             for index, source in enumerate(sources)
         ]
         dataset = PackedStream(streams, mixture, rows=first_row + rows, **common)
-        place = now or (before if same else None)
+        place = resume_position or (anneal_position if same else None)
         if place is not None:
             dataset.load_state(place["stream"])
     else:
         for source in sources:
-            source.open(streaming=True)  # a wrong name should be told before the first is tokenized for hours
+            source.open(streaming=True)  # fail early: the first source may be tokenized for hours
         with args.main_process_first(desc="tokenization"):
             parts = [
                 PackedRows(tokenized(source, tokenizer, data.preprocessing_num_workers), **common) for source in sources
             ]
-        # The host passes over the steps before `first_step`, which belong to other rows.
+        # `Trainer` skips the rows of the steps before `first_step`, which are not part of this run.
         skipped = args.first_step * args.sequences
         dataset = MixedRows(
             parts,
@@ -126,14 +130,14 @@ def _check_bound(sources: list[TextSource], mixture: Mixture, tokens: int, passe
         most = source.most_tokens()
         if most is not None and share * tokens > passes * most:
             raise ValueError(
-                f"The training data {source.name!r} has at most {most:,} tokens (one a byte), but the run takes "
-                f"{round(share * tokens):,} of it. Lower train_tokens, raise num_train_epochs (how many passes are "
-                "allowed), or give more data."
+                f"The training data {source.name!r} has at most {most:,} tokens (one per byte), but the run takes "
+                f"{round(share * tokens):,} of it. Lower train_tokens, raise num_train_epochs (maximum number of "
+                "passes), or add data."
             )
 
 
 def data_fingerprint(data: DataArguments, args: PretrainingArguments, tokenizer) -> str:
-    """Hash of all that the order of rows depends on: files by name and size, tokenizer, settings."""
+    """Fingerprint of everything that determines the order of rows: names and sizes of files, tokenizer, settings."""
     content = [
         *(data.datasets, data.dataset_weights, data.dataset_split, data.text_column, data.streaming, data.block_rows),
         *(args.sequence_length, args.seed),

@@ -1,4 +1,4 @@
-"""Text as a stream of tokens whose position can be saved and taken up again, to the token."""
+"""Text as a stream of tokens that can be resumed at the exact token."""
 
 import copy
 import itertools
@@ -13,19 +13,19 @@ import numpy as np
 from ..runtime.dataset_specs import data_files, open_split, parse_spec
 from ..runtime.packages import require
 
-# Documents that a worker tokenizes at once, and files that are read at once.
+# Documents per tokenization batch, and files that are open at the same time.
 _BATCH = 64
 _OPEN = 8
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where text comes from.
+    """A dataset with a text column.
 
     Attributes:
         spec (`str`): `[NAME=]PLACE`, see [`~hf_sam.runtime.dataset_specs.open_split`].
-        column (`str`): column of text.
-        split (`str` or `None`): the split; train, or the first that there is, when omitted.
+        column (`str`): name of the text column.
+        split (`str` or `None`): the split; `train`, or else the first split, when omitted.
     """
 
     spec: str
@@ -34,14 +34,15 @@ class TextSource:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name in messages."""
         return parse_spec(self.spec)[0]
 
     def open(self, streaming: bool):
-        """The dataset of documents.
+        """Open the dataset.
 
         Raises:
-            ValueError: if there is no such data, split or column, or no text in it; the message names what there is.
+            ValueError: if the data, split or column does not exist, or contains no text; the message lists the
+                alternatives.
         """
         require("datasets", "Training data")
         place = parse_spec(self.spec)[1]
@@ -61,7 +62,7 @@ class TextSource:
         check_text(first[self.column], self.column, "the first document")
 
     def most_tokens(self) -> int | None:
-        """A bound on the tokens of local, uncompressed files: each takes at least one byte. None if not known."""
+        """Upper bound on the number of tokens in local, uncompressed files: one per byte. None if not known."""
         files = data_files(parse_spec(self.spec)[1])
         if not files or any(not file.endswith((".jsonl", ".json", ".csv", ".txt")) for file in files):
             return None
@@ -69,13 +70,13 @@ class TextSource:
 
 
 def check_text(text, column: str, which: str) -> None:
-    """Raises ValueError unless `text` is text."""
+    """Raises ValueError unless `text` is a string."""
     if not isinstance(text, str):
         raise ValueError(f"{which} holds {type(text).__name__} instead of text in the column {column!r}.")
 
 
 def token_ids(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
-    """Each document as int32 tokens with the end-of-text token behind; an empty one as no tokens."""
+    """Tokenize documents to int32 ids, each followed by the end-of-text token; an empty document has no ids."""
     encoded = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
@@ -85,13 +86,18 @@ def token_ids(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
 
 @dataclass
 class _Batch:
-    """Some documents on their way: where the source stood before them, and their tokens when they are ready."""
+    """Documents that are being tokenized.
+
+    Attributes:
+        before (`dict`): position of the source before these documents.
+        tokens (`Future`): their token ids.
+    """
 
     before: dict
     tokens: Future
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, and which of them begin a document."""
+        """Token ids, and a bool array that marks the first token of each document."""
         documents = self.tokens.result()
         starts = np.zeros(sum(map(len, documents)), dtype=bool)
         position = 0
@@ -103,17 +109,17 @@ class _Batch:
 
 
 class TokenStream:
-    """The documents of a streaming dataset, tokenized, one behind the other, pass after pass.
+    """The concatenated tokens of all documents of a streaming dataset, for one or more passes.
 
-    Several files are read at once, a batch of each in turn, in another order in every pass. Documents are tokenized
-    ahead by `workers` threads (fast tokenizers do not hold Python's lock); how many does not change the stream.
+    Several files are read in turn, one batch at a time, and each pass has another order of files. Threads tokenize
+    documents in advance (fast tokenizers release the GIL); their number does not change the stream.
 
     Args:
-        source ([`TextSource`]): where the documents come from.
-        tokenizer (`PreTrainedTokenizerBase`): with an end-of-text token.
-        seed (`int`): of the order of files.
-        workers (`int`): threads.
-        passes (`int`): how often the documents may be gone through.
+        source ([`TextSource`]): source of the documents.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer with an end-of-text token.
+        seed (`int`): seed of the order of files.
+        workers (`int`): number of threads.
+        passes (`int`): maximum number of passes over the documents.
     """
 
     def __init__(self, source: TextSource, tokenizer, *, seed: int = 0, workers: int = 1, passes: int = 1):
@@ -125,11 +131,11 @@ class TokenStream:
         self._begin({"place": {"pass": 0, "next": 0, "turn": 0, "open": []}, "used": 0})
 
     def state(self) -> dict:
-        """Where the next token comes from: plain numbers, for JSON."""
+        """The position of the next token, as plain JSON values."""
         return {"place": self._place, "used": self._used}
 
     def load_state(self, state: dict) -> None:
-        """Go on where [`state`] was taken."""
+        """Resume from a position returned by [`state`]."""
         self._begin(state)
 
     def _begin(self, state: dict) -> None:
@@ -140,10 +146,10 @@ class TokenStream:
         self._tokens, self._starts = np.zeros(0, np.int32), np.zeros(0, bool)
         self._ahead: deque[_Batch] = deque()
         self._batches = self._read(copy.deepcopy(self._place))
-        self.take(state["used"])  # of the batch that the position lies in
+        self.take(state["used"])  # tokens of the current batch before the position
 
     def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next `count` tokens (int32), and which of them begin a document; fewer at the end of the last pass."""
+        """Return the next `count` tokens (int32; fewer at the end of the last pass) and a mask of document starts."""
         tokens, starts = [self._tokens[:0]], [self._starts[:0]]
         while count and (self._used < len(self._tokens) or self._next_batch()):
             piece = slice(self._used, self._used + count)
@@ -153,16 +159,16 @@ class TokenStream:
             count -= len(tokens[-1])
         return np.concatenate(tokens), np.concatenate(starts)
 
-    def ended(self) -> ValueError:
-        """What to tell when there are no more tokens, and there should be."""
+    def exhausted_error(self) -> ValueError:
+        """The error for a stream that ends before the token budget is used up."""
         times = "1 pass" if self._passes == 1 else f"{self._passes} passes"
         return ValueError(
             f"The training data {self.source.spec!r} ended after {times}, before the token budget was used up. Lower "
-            "train_tokens, raise num_train_epochs (passes over the data), or give more data."
+            "train_tokens, raise num_train_epochs (maximum number of passes), or add data."
         )
 
     def _next_batch(self) -> bool:
-        # Twice as many as there are workers: none of them waits while results are fetched.
+        # Twice the number of workers, so that none of them is idle while results are collected.
         for batch in itertools.islice(self._batches, 2 * self._workers - len(self._ahead)):
             self._ahead.append(batch)
         if not self._ahead:
@@ -173,7 +179,7 @@ class TokenStream:
         return True
 
     def _read(self, place: dict) -> Iterator[_Batch]:
-        """Batches of documents from a place on, which is a pass, the files that are open, and whose turn it is."""
+        """Batches of documents from `place` on: the pass, the next file, the open files, and the next one to read."""
         shards = self._dataset.num_shards
         readers = [self._open(place["pass"], at["shard"], at["documents"]) for at in place["open"]]
         while place["pass"] < self._passes:
@@ -200,10 +206,10 @@ class TokenStream:
             yield _Batch(before, self._pool.submit(token_ids, texts, self._tokenizer))
 
     def _open(self, number: int, place: int, documents: dict | None):
-        """A file, and an iterator over the rest of its rows."""
+        """Open a file; returns its dataset and an iterator over the remaining rows."""
         shards = self._dataset.num_shards
         order = np.random.default_rng((self._seed, number)).permutation(shards)
-        # A new object each time, which begins at the beginning.
+        # A new object, since iteration must start at the first row.
         shard = self._dataset.shard(num_shards=shards, index=int(order[place]))
         if documents is not None:
             shard.load_state_dict(documents)

@@ -1,6 +1,7 @@
-"""Documents end to end, cut into rows of one length: no token lost, none twice, however many processes tokenize.
+"""Packing: documents are concatenated and cut into rows of equal length. No token is lost or repeated.
 
-A row is a place in the tokens of the whole dataset, so nothing is copied; the last row is filled up with padding.
+A row is a slice of the tokens of the whole dataset, so nothing is copied. The last row is padded. The result does not
+depend on the number of tokenization processes.
 """
 
 from collections.abc import Sequence
@@ -14,19 +15,19 @@ from .documents import TextSource, check_text, token_ids
 
 
 def make_row(tokens: np.ndarray, starts: np.ndarray, length: int, padding: int, document_mask: bool) -> dict:
-    """What the model gets for a row.
+    """Make the model inputs of a row.
 
     Args:
         tokens (`np.ndarray` of shape `(n,)`): at most `length` tokens.
-        starts (`np.ndarray` of shape `(n,)`): which of them begin a document.
-        length (`int`): tokens of a row.
-        padding (`int`): token that fills it up; it is not predicted.
-        document_mask (`bool`): whether attention stays inside of documents. Positions then restart at each, which is
-            how transformers tells packed documents apart, and no first token is predicted from another document.
+        starts (`np.ndarray` of shape `(n,)`): marks the first token of each document.
+        length (`int`): tokens per row.
+        padding (`int`): padding token; it is not predicted.
+        document_mask (`bool`): mask attention between documents. Position ids then restart at each document, which is
+            how transformers detects packed documents, and the first token of a document is not predicted.
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `labels` and, with `document_mask`, `position_ids`, all of shape
-        `(length,)`. Padding stands behind all that attends, so it needs no mask.
+        `(length,)`. Padding comes last, so causal attention needs no mask for it.
     """
     ids = np.full(length, padding, dtype=np.int64)
     ids[: len(tokens)] = tokens
@@ -45,15 +46,15 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, length: int, padding: int, 
 
 
 def tokenized(source: TextSource, tokenizer, workers: int = 1):
-    """A dataset of documents as tokens, in a column `input_ids` of int32; kept in the cache of `datasets`.
+    """Tokenize all documents of a source into an int32 column `input_ids`; the result is cached by `datasets`.
 
     Args:
-        source ([`TextSource`]): where the documents come from.
-        tokenizer (`PreTrainedTokenizerBase`): with an end-of-text token.
-        workers (`int`): processes.
+        source ([`TextSource`]): source of the documents.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer with an end-of-text token.
+        workers (`int`): number of processes.
 
     Raises:
-        ValueError: if there is no such data or column, or a document is no text.
+        ValueError: if the data or the column does not exist, or a document is not a string.
     """
     import datasets
 
@@ -78,12 +79,12 @@ def _to_tokens(texts, tokenizer, column):
 
 
 class PackedRows(Dataset):
-    """Rows of tokenized documents: row `i` is the tokens from `i * length` on of all documents end to end.
+    """Packed rows of tokenized documents: row `i` starts at token `i * length` of the concatenated documents.
 
     Args:
-        documents (`datasets.Dataset`): from [`tokenized`].
-        length (`int`): tokens of a row.
-        padding (`int`): token that fills the last row up.
+        documents (`datasets.Dataset`): result of [`tokenized`].
+        length (`int`): tokens per row.
+        padding (`int`): padding token of the last row.
         document_mask (`bool`): see [`make_row`].
     """
 
@@ -94,14 +95,14 @@ class PackedRows(Dataset):
 
     def _open(self):
         chunks = self._documents.data.column("input_ids").chunks
-        # The numbers as they lie on the disk.
+        # Memory-mapped, not copied.
         self._pieces = [chunk.flatten().to_numpy() for chunk in chunks]
         self._offsets = [chunk.offsets.to_numpy() - chunk.offsets[0].as_py() for chunk in chunks if len(chunk)]
         self._pieces = [piece for piece, chunk in zip(self._pieces, chunks, strict=True) if len(chunk)]
         self._ends = np.cumsum([len(piece) for piece in self._pieces], dtype=np.int64)
 
     def __getstate__(self):
-        # A worker of a dataloader maps the files by itself.
+        # Each dataloader worker maps the files again.
         return {key: value for key, value in vars(self).items() if key not in ("_pieces", "_offsets", "_ends")}
 
     def __setstate__(self, state):
@@ -110,7 +111,7 @@ class PackedRows(Dataset):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of all documents."""
+        """Number of tokens in all documents."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __len__(self):
@@ -140,15 +141,15 @@ class PackedRows(Dataset):
 
 
 class Mixture:
-    """Shares of several sources, the same in every block of `block` rows, where they are rounded to rows.
+    """A mixture of several sources, exact (up to rounding to rows) in every block of `block` rows.
 
     Args:
-        weights (`Sequence[float]`): shares of tokens; need not sum to 1.
-        block (`int`): rows of a block.
-        seed (`int`): of the order inside of blocks.
+        weights (`Sequence[float]`): fractions of the tokens from each source; need not sum to 1.
+        block (`int`): rows per block.
+        seed (`int`): seed of the order within blocks.
 
     Raises:
-        ValueError: if a weight is not positive, or too small for a row in each block.
+        ValueError: if a weight is not positive, or too small for one row per block.
     """
 
     def __init__(self, weights: Sequence[float], block: int = 1024, seed: int = 0):
@@ -159,12 +160,12 @@ class Mixture:
         self.counts = self._counts()
         if min(self.counts) == 0:
             raise ValueError(
-                f"dataset_weights={list(weights)}: {min(self.shares):.2g} of {block} rows is less than one. Raise the "
-                "smallest weight, or leave that dataset out."
+                f"dataset_weights={list(weights)}: {min(self.shares):.2g} of {block} rows is less than one row. Raise "
+                "the smallest weight, or remove that dataset."
             )
 
     def _counts(self) -> list[int]:
-        """Rows of a block that come from each source."""
+        """Rows from each source in a block."""
         exact = self.shares * self.block
         counts = np.floor(exact).astype(int)
         most = np.argsort(counts - exact, kind="stable")  # the largest remainders first
@@ -172,35 +173,35 @@ class Mixture:
         return counts.tolist()
 
     def order(self, number: int, rows: int) -> np.ndarray:
-        """Order of the rows of a block; they are numbered source by source."""
+        """Permutation of the rows of block `number`; rows are numbered source by source."""
         return np.random.default_rng((self.seed, number)).permutation(rows)
 
     def taken(self, source: int, rows: int) -> int:
-        """How many of the first `rows` rows of all blocks come from a source."""
+        """Number of rows from a source among the first `rows` rows."""
         blocks, rest = divmod(rows, self.block)
         return blocks * self.counts[source] + int((self.sources(blocks)[:rest] == source).sum())
 
     def sources(self, number: int) -> np.ndarray:
-        """Source of each row of a block."""
+        """Source of each row of block `number`."""
         labels = np.repeat(np.arange(len(self.shares)), self.counts)
         return labels[self.order(number, self.block)]
 
 
 class MixedRows(Dataset):
-    """Packed rows of several sources in the order in which they are trained on.
+    """Packed rows of several sources in the order of training.
 
-    Each source is shuffled in every pass over it. Row `i` does not depend on how many there are.
+    Each source is shuffled in every pass over it. Row `i` does not depend on the number of rows.
 
     Args:
         parts (`Sequence[PackedRows]`): the sources.
-        mixture ([`Mixture`]): their shares.
-        first (`int`): row that the run begins with; may be negative, for rows that are never asked for.
+        mixture ([`Mixture`]): the mixture of the sources.
+        first (`int`): first row of the dataset; negative if the first rows are never read.
         rows (`int`): number of rows.
-        passes (`int`): how often a source may be gone through.
-        names (`Sequence[str]`): of the sources, for messages.
+        passes (`int`): maximum number of passes over a source.
+        names (`Sequence[str]`): names of the sources, for messages.
 
     Raises:
-        ValueError: if a source has too few rows; the message says how many passes it would take.
+        ValueError: if a source has too few rows; the message says how many passes the run would need.
     """
 
     def __init__(
@@ -219,13 +220,13 @@ class MixedRows(Dataset):
         for index, part in enumerate(parts):
             name = names[index] if names else str(index)
             if not len(part):
-                raise ValueError(f"The training data {name!r} has no text in it, only empty documents.")
+                raise ValueError(f"The training data {name!r} contains only empty documents.")
             needed = mixture.taken(index, first + rows)
             if needed > passes * len(part):
                 raise ValueError(
                     f"The training data {name!r} has {part.tokens:,} tokens, but the run takes "
                     f"{needed * part.length:,} of it: {needed / len(part):.1f} passes. Lower train_tokens, raise "
-                    "num_train_epochs (how many passes are allowed), or give more data."
+                    "num_train_epochs (maximum number of passes), or add data."
                 )
 
     def __len__(self):

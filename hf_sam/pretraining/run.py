@@ -1,4 +1,4 @@
-"""A run from its settings to the saved model: checked, resumed if it was interrupted, left alone if it is done."""
+"""Run a pretraining from its settings to the saved model. Resumes interrupted runs and skips finished ones."""
 
 import os
 from pathlib import Path
@@ -26,13 +26,13 @@ logger = get_logger(__name__)
 def pretrain(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> str:
     """Train, and save model and tokenizer in `args.output_dir`.
 
-    A run that was interrupted goes on from its last complete checkpoint; one that is done is left alone.
+    An interrupted run resumes from its last complete checkpoint. A finished run is not repeated.
 
     Returns:
         `str`: folder of the model.
 
     Raises:
-        ValueError, OSError: before anything is trained, if something that it needs is not there.
+        ValueError, OSError: if a setting, data or the disk does not allow the run; raised before training begins.
     """
     data_args.check()
     source = model_source(model_args)
@@ -49,12 +49,12 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         data_and_tokenizer=data_fingerprint(data_args, args, tokenizer),
     )
     if is_finished(args, settings):
-        logger.info(f"The run in {args.output_dir} is done.", main_process_only=True)
+        logger.info(f"The run in {args.output_dir} is finished.", main_process_only=True)
         return args.output_dir
     config = load_config(folder or model_args.config_name, model_args)
     check_fits(config, tokenizer, args.sequence_length)
     model = make_model(folder, config, model_args, args.seed)
-    # A cache would keep attention from seeing where packed documents begin.
+    # With a KV cache, transformers does not detect packed documents from position ids.
     use_cache, model.config.use_cache = model.config.use_cache, False
     check_space(args, model)
     checkpoint = last_complete(args.output_dir)
@@ -62,8 +62,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         data_args,
         args,
         tokenizer,
-        before=_position(args.anneal_from) if args.anneal_from else None,
-        now=_position(checkpoint) if checkpoint else None,
+        anneal_position=_position(args.anneal_from) if args.anneal_from else None,
+        resume_position=_position(checkpoint) if checkpoint else None,
         step=checkpoint_step(checkpoint) if checkpoint else args.first_step,
     )
     trainer = PretrainingTrainer(model=model, args=args, data=data, processing_class=tokenizer)
@@ -80,7 +80,7 @@ def _position(checkpoint: str) -> dict | None:
 
 
 def plan(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments, devices: int) -> Plan:
-    """What the run will take; loads the configuration of the model, no weights and no data."""
+    """Plan a run: tokens, steps, memory and time. Needs the model config, but no weights and no data."""
     place = model_args.config_name or model_args.model_name_or_path
     config = load_config(place, model_args)
     size = measure_model(
@@ -113,7 +113,7 @@ def _passes(args: PretrainingArguments, sequences: int, devices: int, steps: int
 
 
 def model_source(model_args: ModelArguments) -> LocalModel | None:
-    """The model whose weights are the start, downloaded if need be; None for random weights.
+    """Find the model to start from, downloaded if needed; None for random weights.
 
     Raises:
         ValueError, OSError: see [`~hf_sam.runtime.models.find_model`].
@@ -122,30 +122,31 @@ def model_source(model_args: ModelArguments) -> LocalModel | None:
     if name is None:
         if model_args.config_name is None:
             raise ValueError(
-                "Say which model to train: model_name_or_path (its weights are the start) or config_name (random ones)."
+                "Say which model to train: set model_name_or_path (starts from its weights) or config_name (starts "
+                "from random weights)."
             )
         return None
     return find_model(name if os.path.isdir(name) or not revision else f"{name}@{revision}")
 
 
 def load_config(place: str | None, model_args: ModelArguments):
-    """The model's configuration: a file, a folder, or that of a model on the hub."""
+    """Load a model config from a file, a folder, or the Hub."""
     if place is None:
-        raise ValueError("Say which model to train: model_name_or_path or config_name.")
+        raise ValueError("Say which model to train: set model_name_or_path or config_name.")
     revision = None if os.path.exists(place) else model_args.model_revision
     try:
         return AutoConfig.from_pretrained(
             place, revision=revision or "main", trust_remote_code=model_args.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"There is no configuration of a model in {place!r}: {error}") from error
+        raise ValueError(f"There is no model config in {place!r}: {error}") from error
 
 
 def load_tokenizer(source: str | None, model_args: ModelArguments):
-    """The tokenizer of the model, or that of `tokenizer_name`."""
+    """Load the tokenizer `tokenizer_name`, or that of the model."""
     place = model_args.tokenizer_name or source
     if place is None:
-        raise ValueError("A model from scratch needs tokenizer_name: a folder or an id of the hub.")
+        raise ValueError("A model from scratch needs a tokenizer. Set tokenizer_name to a folder or a Hub id.")
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=model_args.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -153,37 +154,42 @@ def load_tokenizer(source: str | None, model_args: ModelArguments):
 
 
 def check_fits(config, tokenizer, length: int) -> None:
-    """Raises ValueError if rows are too long for the model, or the tokenizer has more tokens than it."""
+    """Raises ValueError if rows are longer than the context of the model, or the tokenizer has more tokens."""
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
     if longest is not None and length > longest:
-        raise ValueError(f"sequence_length={length} is more than the {longest} positions of the model.")
+        raise ValueError(
+            f"sequence_length={length} is more than the {longest} positions of the model. Lower sequence_length."
+        )
     if len(tokenizer) > text.vocab_size:
-        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, but the model only {text.vocab_size}.")
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model only {text.vocab_size}. Use the tokenizer of "
+            "the model, or a config with a larger vocab_size."
+        )
 
 
 def check_space(args: PretrainingArguments, model) -> None:
-    """Raises OSError if the disk has no space for the checkpoints that are still to come.
+    """Raises OSError if the disk has no space for the remaining checkpoints and the model.
 
     A checkpoint holds weights and two moments in fp32; sharded strategies write the weights twice.
     """
     weights = 4 * get_model_param_count(model)
     saves = 0 if args.save_strategy == "no" else _checkpoints(args)
-    there = len(list(Path(args.output_dir).glob("checkpoint-*")))
+    existing = len(list(Path(args.output_dir).glob("checkpoint-*")))
     what = f"the model and {saves} checkpoint{'' if saves == 1 else 's'} of it (save_steps, save_total_limit)"
-    compute_on_first(lambda: check_disk(args.output_dir, weights + max(0, saves - there) * 4 * weights, what))
+    compute_on_first(lambda: check_disk(args.output_dir, weights + max(0, saves - existing) * 4 * weights, what))
 
 
 def _checkpoints(args: PretrainingArguments) -> int:
     steps = args.max_steps - args.first_step
     every = args.save_steps if args.save_steps >= 1 else max(1, round(args.save_steps * args.max_steps))
     most = -(-steps // every) if args.save_strategy == "steps" else 1
-    # The oldest goes when the newest is there.
+    # The oldest checkpoint is deleted after the newest is saved.
     return int(min(most, (args.save_total_limit or most) + 1))
 
 
 def make_model(source: str | None, config, model_args: ModelArguments, seed: int):
-    """The model in fp32: SAM's perturbation, and small updates, are lost in 16-bit weights."""
+    """Create the model in fp32, since 16-bit weights would lose the SAM perturbation and small updates."""
     if source is None:
         transformers.set_seed(seed)
         return AutoModelForCausalLM.from_config(

@@ -1,7 +1,7 @@
-"""Packed rows out of a stream, shuffled in blocks, whose place can be taken up again to the row.
+"""Packed rows from streams, shuffled in blocks, which can be resumed at the exact row.
 
-Only where a block begins is remembered, not what is in it: a resumed run reads that block again and passes over the
-rows that were trained on. So the state is some numbers, and what was read ahead does not matter.
+The state contains only the position at which a block begins. A resumed run reads this block again and skips the rows
+that have been trained on. So the state is small, and independent of what was read in advance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,14 @@ from .packing import Mixture, make_row
 
 
 class PackedStream(IterableDataset):
-    """Rows of several streams of documents, in blocks that are shuffled; the next block is read in the background.
+    """Packed rows of several token streams, shuffled in blocks. The next block is read in the background.
 
     Args:
         streams (`Sequence[TokenStream]`): the sources.
-        mixture ([`Mixture`]): their shares, and the size of blocks.
-        length (`int`): tokens of a row.
-        rows (`int`): row at which the stream ends, counted from the beginning of the data.
-        padding (`int`): see [`make_row`](~hf_sam.pretraining.packing.make_row), like `document_mask`.
+        mixture ([`Mixture`]): the mixture of the sources, and the size of blocks.
+        length (`int`): tokens per row.
+        rows (`int`): end of the stream, in rows from the beginning of the data.
+        padding, document_mask: see [`make_row`](~hf_sam.pretraining.packing.make_row).
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class PackedStream(IterableDataset):
         self._begin({"row": 0, "block": 0, "sources": [stream.state() for stream in streams]})
 
     def _begin(self, state: dict) -> None:
-        # Where blocks begin, the oldest first.
+        # Positions at the beginning of blocks, the oldest first.
         self._states = [state]
         self._next = state
 
     def state(self, rows: int) -> dict:
-        """What `load_state` needs to go on behind the first `rows` rows; plain numbers, for JSON."""
+        """The position after the first `rows` rows, as plain JSON values, for [`load_state`]."""
         while len(self._states) > 1 and self._states[1]["row"] <= rows:
             self._states.pop(0)
         return {**self._states[0], "skip": rows - self._states[0]["row"]}
 
     def load_state(self, state: dict) -> None:
-        """Go on where a state was taken."""
+        """Resume from a position returned by [`state`]."""
         for stream, place in zip(self._streams, state["sources"], strict=True):
             stream.load_state(place)
         self._begin({key: state[key] for key in ("row", "block", "sources")})
@@ -70,9 +70,9 @@ class PackedStream(IterableDataset):
                     yield make_row(tokens, starts, self.length, self._padding, self._document_mask)
 
     def _read(self) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]] | None:
-        """Number of the first row of the next block, and its rows; None at the end.
+        """Read the next block; returns the number of its first row and its rows, or None at the end.
 
-        Blocks do not depend on where the run ends; only at the end of the data there may be a shorter one.
+        Blocks do not depend on the length of the run. Only the last block of the data may be shorter.
         """
         state = self._next
         if state["row"] >= self.rows:
@@ -86,10 +86,10 @@ class PackedStream(IterableDataset):
         if len(self._streams) == 1:
             block = [row for row in block if row is not None]
         ordered = [block[place] for place in self._mixture.order(state["block"], len(block))]
-        # Of a mixture, rows that are there but out of their turn would change the shares.
+        # Stop at the first missing row, since later rows of other sources would change the mixture.
         whole = next((place for place, row in enumerate(ordered) if row is None), len(ordered))
         if short is not None and state["row"] + whole < self.rows:
-            raise short.ended()
+            raise short.exhausted_error()
         self._next = {
             "row": state["row"] + len(ordered),
             "block": state["block"] + 1,

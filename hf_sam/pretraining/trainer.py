@@ -15,8 +15,8 @@ class PretrainingTrainer(SAMTrainer):
     """[`SAMTrainer`] for [`PretrainingArguments`].
 
     Args:
-        data ([`TrainingData`]): the rows to train on, in their order.
-        others: those of [`~transformers.Trainer`], without `train_dataset`.
+        data ([`TrainingData`]): the rows to train on, in order.
+        kwargs: arguments of [`~transformers.Trainer`], except `train_dataset`.
     """
 
     def __init__(self, model=None, args=None, *, data: TrainingData, **kwargs):
@@ -24,7 +24,7 @@ class PretrainingTrainer(SAMTrainer):
             kwargs.setdefault("compute_loss_func", ZLoss(args.z_loss))
         self._streams = isinstance(data.dataset, PackedStream)
         if self._streams:
-            # The stream begins where the run goes on. One process reads for all, so that there is one order.
+            # The stream starts at the position of the run. One process reads for all ranks, so the order is fixed.
             args.ignore_data_skip = True
             args.accelerator_config.dispatch_batches = True
             args.dataloader_num_workers = 0
@@ -40,7 +40,7 @@ class PretrainingTrainer(SAMTrainer):
     def get_batch_samples(self, *args, **kwargs):
         batches = super().get_batch_samples(*args, **kwargs)
         if self._resumed_from is not None:
-            # Starting a dataloader draws a random number, which the run that was interrupted had drawn before.
+            # Creating a dataloader iterator draws a random number, which the interrupted run had drawn already.
             self._load_rng_state(self._resumed_from)
             self._resumed_from = None
         return batches
@@ -53,28 +53,30 @@ class PretrainingTrainer(SAMTrainer):
         for pattern in patterns:
             if not any(re.search(pattern, name) for name in names):
                 raise ValueError(
-                    f"no_weight_decay={pattern!r} matches no parameter of {type(model).__name__}, such as {names[0]!r}."
+                    f"no_weight_decay={pattern!r} matches no parameter of {type(model).__name__}. Its parameters have "
+                    f"names such as {names[0]!r}."
                 )
         return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
 
 
 class _ScheduleCheck(TrainerCallback):
-    """Tells what the host passes over in silence: a checkpoint without the optimizer and the schedule of its step."""
+    """Raises for a checkpoint without matching optimizer and scheduler states, which `Trainer` ignores silently."""
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         if not state.global_step or lr_scheduler is None:
             return
         schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
-        # Steps that fp16 skipped are not those of the schedule; others than these follow no count of steps.
+        # fp16 skips steps without advancing the scheduler, and schedulers without `lr_lambdas` may not count steps.
         counted = hasattr(schedule, "lr_lambdas") and not args.fp16
         if counted and schedule.last_epoch != state.global_step:
             raise ValueError(
-                f"The checkpoint holds no optimizer and schedule of its step {state.global_step} that this run can "
-                "read: it was saved with save_only_model, or by another strategy (DeepSpeed, FSDP) than this one."
+                f"The checkpoint has no optimizer and scheduler state of step {state.global_step} that this run can "
+                "load: it was saved with save_only_model, or with another strategy (DeepSpeed, FSDP). Resume with the "
+                "same strategy, or from a complete checkpoint."
             )
         rates = getattr(schedule, "base_lrs", None)
         if args.anneal_from is not None and rates and abs(rates[0] - args.learning_rate) > 1e-6 * args.learning_rate:
             raise ValueError(
-                f"The checkpoint in anneal_from was trained at a learning rate of {rates[0]:g}, from which it goes on; "
-                f"learning_rate={args.learning_rate:g} has no effect. Set it to that."
+                f"The checkpoint anneal_from was trained at a learning rate of {rates[0]:g}, from which the annealing "
+                f"continues, so learning_rate={args.learning_rate:g} has no effect. Set learning_rate={rates[0]:g}."
             )

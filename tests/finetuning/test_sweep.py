@@ -150,13 +150,13 @@ def test_only_the_model_is_kept_unless_asked_for_more(launch, config, tmp_path):
         (["--prompt_column", "question"], "no column 'question', which dataset_format='prompt_completion' reads"),
         (["--dataset", "missing.jsonl"], "Fine-tuning data 'missing.jsonl': it cannot be loaded"),
         (["--train_tokens", "1M"], "fewer than train_tokens=1,000,000"),
-        (["--train_tokens", "some"], "is no number of tokens"),
+        (["--train_tokens", "some"], "is not a number of tokens"),
         (["--held_out_examples", "160"], "it has 160 examples, no more than held_out_examples=160"),
         (["--prompt_template", "Q:"], "must hold {} once"),
         (["--rehearsal_share", "0.1"], "Rehearsal needs both"),
         (["--learning_rates", "0"], "must be larger than 0"),
         (["--model_name_or_path", "org/model", "--model_revision", "step9"], "revision 'step9' is not in"),
-        (["--global_batch_size", "3"], "no multiple of per_device_train_batch_size=2"),
+        (["--global_batch_size", "3"], "not a multiple of per_device_train_batch_size=2"),
     ],
 )
 def test_what_is_wrong_is_told_in_a_line_at_the_start(launch, config, tmp_path, flags, message):

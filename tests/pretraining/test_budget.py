@@ -29,7 +29,7 @@ def test_tokens_are_read_as_people_write_them(text, tokens):
 
 @pytest.mark.parametrize("text", ["", "many", "-5M", "0", "1.5", "0.0001k", "nan", "inf", "5X", "B"])
 def test_what_is_no_number_of_tokens_is_reported(text):
-    with pytest.raises(ValueError, match="is no number of tokens: write 50B"):
+    with pytest.raises(ValueError, match="is not a number of tokens: write 50B"):
         parse_tokens(text)
 
 
@@ -43,7 +43,7 @@ def test_steps_hold_the_whole_budget():
 def test_a_batch_is_accumulated_or_refused():
     assert accumulation_for(1024, 4, 8) == 32
     for sequences, per_device, devices in ((10, 4, 1), (4, 4, 2)):
-        with pytest.raises(ValueError, match="is no multiple of per_device_train_batch_size"):
+        with pytest.raises(ValueError, match="is not a multiple of per_device_train_batch_size"):
             accumulation_for(sequences, per_device, devices)
 
 
@@ -64,8 +64,8 @@ def test_a_budget_and_a_batch_set_steps_and_accumulation(tmp_path):
         ({"max_steps": 1, "sequence_length": 1}, "sequence_length=1 must be 2"),
         ({"max_steps": 1, "global_batch_size": 0}, "global_batch_size=0 must be 1"),
         ({"max_steps": 1, "z_loss": -1}, "z_loss=-1.0 must be 0"),
-        ({"train_tokens": "10%"}, "share of the steps of anneal_from"),
-        ({"train_tokens": "1M", "anneal_from": "nowhere"}, "is no checkpoint of a training run"),
+        ({"train_tokens": "10%"}, "percentage of the steps of anneal_from"),
+        ({"train_tokens": "1M", "anneal_from": "nowhere"}, "is not a checkpoint of a training run"),
     ],
 )
 def test_wrong_settings_are_reported(tmp_path, settings, message):

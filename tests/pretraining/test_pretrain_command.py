@@ -271,20 +271,20 @@ def test_a_checkpoint_that_cannot_be_annealed_from_is_refused(launch, config, fi
     (checkpoint / "scheduler.pt").unlink()
     weights_only = run(launch, config, tmp_path / "b", *annealed)
     assert weights_only.status == [2]
-    assert "holds no optimizer and schedule of its step 3" in weights_only.output[0]
+    assert "has no optimizer and scheduler state of step 3" in weights_only.output[0]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--train_tokens", "lots"], "train_tokens='lots' is no number of tokens"),
+        (["--train_tokens", "lots"], "train_tokens='lots' is not a number of tokens"),
         (["--train_tokens", "100"], "less than the 128 tokens of one optimizer step"),
         (["--train_tokens", "10M"], r"has at most .* tokens .*but the run takes 10,000,000"),
         (
             ["--train_tokens", "10M", "--streaming", "false"],
             "12,709 tokens, but .* takes 10,000,000 of it: 786.2 passes",
         ),
-        (["--global_batch_size", "3"], "no multiple of per_device_train_batch_size=2 on 1 device"),
+        (["--global_batch_size", "3"], "not a multiple of per_device_train_batch_size=2 on 1 device"),
         (["--text_column", "body"], "no column 'body', but 'text'"),
         (["--datasets", "nothing.jsonl"], "Training data 'nothing.jsonl'"),
         (["--dataset_weights", "1", "2"], "2 dataset_weights for 1 datasets"),
@@ -294,8 +294,8 @@ def test_a_checkpoint_that_cannot_be_annealed_from_is_refused(launch, config, fi
         ),
         (["--no_weight_decay", "nothing_like_it"], "matches no parameter"),
         (["--sequence_length", "64"], "more than the 32 positions of the model"),
-        (["--anneal_from", "."], "is no checkpoint of a training run"),
-        (["--train_tokens", "10%"], "is a share of the steps of anneal_from"),
+        (["--anneal_from", "."], "is not a checkpoint of a training run"),
+        (["--train_tokens", "10%"], "is a percentage of the steps of anneal_from"),
         (["--num_train_epochs", "0.5"], "must be a whole number of passes"),
     ],
 )

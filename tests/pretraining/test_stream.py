@@ -43,7 +43,7 @@ def test_a_pass_holds_every_document_once_in_another_order_each_time(corpus):
     assert orders[0] != orders[1] != orders[2] != orders[0]
     # There is no more.
     assert len(source.take(5)[0]) == 0
-    assert "ended after 3 passes" in str(source.ended())
+    assert "ended after 3 passes" in str(source.exhausted_error())
 
 
 def test_files_are_read_side_by_side(tmp_path):
