@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,18 @@ def test_only_the_backends_and_the_plumbing_know_deepspeed_and_fsdp():
             ):
                 found.append(f"{name}:{getattr(node, 'lineno', 0)}")
     assert not found
+
+
+@pytest.mark.parametrize(
+    ("name", "upper"),
+    [("pretraining", ("instruments", "evaluation", "report")), ("evaluation", ("report",)), ("step", ("trainer",))],
+)
+def test_a_package_loads_nothing_that_it_does_not_need(name, upper):
+    """What a fresh interpreter has loaded afterwards, through other packages too."""
+    loads = f"import sys, hf_sam.{name}; print(*(m for m in sys.modules if m.startswith('hf_sam.')))"
+    loaded = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True, check=True).stdout.split()
+    assert f"hf_sam.{name}" in loaded
+    assert not [module for module in loaded if module.split(".")[1] in upper]
 
 
 def test_no_file_is_long():
