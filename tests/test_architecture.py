@@ -1,6 +1,7 @@
 """The layers of hf_sam: each package imports from those below it only, also inside functions."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ FACE = ("arguments", "configs", "factory", "history", "model_card", "records", "
 ENTRANCES = ("__init__", "__main__")
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Files by dotted name below hf_sam; a package is its `__init__`."""
     found = {}

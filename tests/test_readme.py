@@ -67,8 +67,10 @@ def test_the_commands_have_the_flags_that_are_shown(command):
     from hf_sam.commands import clm, sft
 
     _, name, *argv = shlex.split(command)
-    *_, unknown = {"sft": sft, "clm": clm}[name].make_parser().parse_args_into_dataclasses(
-        [*argv, "--bf16", "false", "--use_cpu"], return_remaining_strings=True
+    *_, unknown = (
+        {"sft": sft, "clm": clm}[name]
+        .make_parser()
+        .parse_args_into_dataclasses([*argv, "--bf16", "false", "--use_cpu"], return_remaining_strings=True)
     )
     # The rest is for the launcher, which knows it.
     launcher = launch_command_parser().parse_args([*resolve_accelerate_config_argument(unknown), "script.py"])
