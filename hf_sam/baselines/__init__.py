@@ -1,9 +1,9 @@
-"""What SAM has to be compared with: other ways to forget less.
+"""Baselines for SAM: other methods against forgetting.
 
 - [`wise_ft`]: interpolate between base and tuned weights (Wise-FT)
-- [`with_rehearsal`]: mix a share of old data into the fine-tuning data
-- [`EWCMixin`], [`L2Mixin`]: a penalty that pulls the weights back to the base model, for any trainer
-- [`estimate_fisher`]: the importance of each weight, for EWC
+- [`with_rehearsal`]: mix old data into the fine-tuning data
+- [`EWCMixin`], [`L2Mixin`]: penalize the distance to the weights of the base model, in any trainer
+- [`estimate_fisher`]: estimate the importance of each weight, for EWC
 - [`lora_config`]: LoRA, which learns less and forgets less
 """
 

@@ -1,9 +1,9 @@
-"""The diagonal of the Fisher information: how much each weight matters for the old data.
+"""The diagonal of the Fisher information: how important each weight is for the old data.
 
     F_i = E[(d log p(y | x) / d w_i)^2]
 
-with one gradient a sequence. The square of a gradient over a batch is something else: it is smaller by up to the
-size of the batch, and gradients of opposite sign cancel.
+with one gradient per sequence. The squared gradient of a batch is no substitute: gradients of opposite sign cancel, and
+it is smaller by up to the batch size.
 """
 
 import copy
@@ -33,22 +33,22 @@ def estimate_fisher(
     parameters: str | None = None,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Diagonal Fisher information of a causal language model, from the gradient of each sequence by itself.
+    """Estimate the diagonal Fisher information of a causal language model from the gradients of single sequences.
 
-    The log-likelihood of a sequence is its mean over tokens, so that F, and with it lambda, is on the scale of the
-    training loss in nats per token. Memory: two copies of the weights.
+    The log-likelihood of a sequence is its mean over tokens, so F and lambda have the scale of the training loss in
+    nats per token. Memory: two copies of the weights.
 
     Args:
-        model (`torch.nn.Module`): the base model, with fp32 weights, whole on each process; it stays as it is.
-        data ([`~hf_sam.evaluation.HeldOutData`] or rows with `input_ids`): old data, one sequence a row.
-        labels (`str`, defaults to `"data"`): `"data"`: the tokens that are there (the empirical Fisher, as in arXiv
-            2605.02105); `"model"`: tokens drawn from the model's own predictions (the Fisher information proper).
-        sequences (`int`, *optional*): use only the first rows.
-        parameters (`str`, *optional*): regular expression of the weights; all that are trainable when omitted.
-        seed (`int`, defaults to 0): seed of the drawn tokens.
+        model (`torch.nn.Module`): the base model, with unsharded fp32 weights; it is not changed.
+        data ([`~hf_sam.instruments.HeldOutData`] or rows with `input_ids`): old data, one sequence per row.
+        labels (`str`, defaults to `"data"`): `"data"`: the tokens of the data (empirical Fisher, as in arXiv
+            2605.02105); `"model"`: tokens sampled from the predictions of the model (true Fisher).
+        sequences (`int`, *optional*): number of rows to use; all when omitted.
+        parameters (`str`, *optional*): regular expression over parameter names; all trainable ones when omitted.
+        seed (`int`, defaults to 0): seed of the sampled tokens.
 
     Returns:
-        `dict[str, torch.Tensor]`: F by name of the weight, in its shape, on the CPU.
+        `dict[str, torch.Tensor]`: F by parameter name, in the shape of the parameter, on the CPU.
 
     Raises:
         ValueError: if weights are quantized, in 16 bits or sharded, or an argument is out of range.
@@ -76,7 +76,7 @@ def estimate_fisher(
 
 
 def _first(data, sequences: int | None) -> HeldOutData:
-    """The first rows, in their order."""
+    """The first rows of the data."""
     if not isinstance(data, HeldOutData):
         data = HeldOutData(data)
     data = copy.copy(data)
@@ -85,7 +85,7 @@ def _first(data, sequences: int | None) -> HeldOutData:
 
 
 def _sampled(model, row: Batch, seed: int, number: int) -> torch.Tensor:
-    """Losses at tokens that are drawn from the model's predictions at the counted places."""
+    """Losses of tokens sampled from the predictions of the model."""
     logits, _ = counted_logits(model, row)
     generator = torch.Generator(device=logits.device).manual_seed((seed << 32) + number)
     drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
@@ -93,12 +93,12 @@ def _sampled(model, row: Batch, seed: int, number: int) -> torch.Tensor:
 
 
 def save_fisher(fisher: dict[str, torch.Tensor], path: str | Path, **about: str) -> None:
-    """Write F with safetensors.
+    """Save F as a safetensors file.
 
     Args:
-        fisher (`dict[str, torch.Tensor]`): as from `estimate_fisher`.
+        fisher (`dict[str, torch.Tensor]`): result of [`estimate_fisher`].
         path (`str` or `Path`): the file.
-        about: what to remember with it, e.g. `model="allenai/OLMo-2-0425-1B"`, `data="dolmino"`.
+        about: metadata to save with it, e.g. `model="allenai/OLMo-2-0425-1B"`, `data="dolmino"`.
     """
     from safetensors.torch import save_file
 
@@ -107,16 +107,21 @@ def save_fisher(fisher: dict[str, torch.Tensor], path: str | Path, **about: str)
 
 
 def load_fisher(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read F as `save_fisher` wrote it.
+    """Load F from a file of [`save_fisher`].
 
     Raises:
-        ValueError: if the file is not there, or holds something else.
+        ValueError: if the file does not exist or was not written by [`save_fisher`].
     """
     from safetensors import safe_open
 
     if not Path(path).is_file():
-        raise ValueError(f"There is no Fisher information at {str(path)!r}; make it with estimate_fisher, save_fisher.")
+        raise ValueError(
+            f"There is no Fisher information at {str(path)!r}. Create it with estimate_fisher and save_fisher."
+        )
     with safe_open(str(path), framework="pt") as file:
         if (file.metadata() or {}).get("kind") != "hf-sam fisher":
-            raise ValueError(f"{str(path)!r} holds tensors, but not those that hf_sam.baselines.save_fisher writes.")
+            raise ValueError(
+                f"{str(path)!r} contains tensors, but not those that hf_sam.baselines.save_fisher writes. Create it "
+                "with estimate_fisher and save_fisher."
+            )
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,14 +1,14 @@
-"""LoRA as a baseline: it learns less and forgets less (Biderman 2024, arXiv 2405.09673)."""
+"""LoRA as a baseline: it learns less and forgets less (Biderman et al. 2024, arXiv 2405.09673)."""
 
 
 def lora_config(rank: int = 16, **overrides):
-    """The LoRA of that paper: adapters on all linear layers, with alpha twice the rank.
+    """LoRA as in the paper: adapters on all linear layers, with alpha twice the rank.
 
-    It wants a learning rate about ten times that of full fine-tuning. Pass it to a trainer as `peft_config`, or
+    It needs a learning rate about ten times that of full fine-tuning. Pass the config to a trainer as `peft_config`, or
     to `peft.get_peft_model`.
 
     Args:
-        rank (`int`, defaults to 16): rank of the adapters; the paper has 16, 64 and 256.
+        rank (`int`, defaults to 16): rank of the adapters; the paper uses 16, 64 and 256.
         overrides: other fields of `peft.LoraConfig`.
 
     Returns:

@@ -1,14 +1,14 @@
-"""Penalties that pull the weights back to where training began, for any trainer.
+"""Penalties on the distance to the initial weights, for any trainer.
 
     L2-to-base:  lambda / 2 * sum_i (w_i - b_i)^2            (L2-SP, arXiv 1802.01483)
     EWC:         lambda / 2 * sum_i F_i (w_i - b_i)^2        (Kirkpatrick 2017, arXiv 1612.00796, eq. 3)
 
-The gradient of the penalty is added to that of the loss once in each optimizer step, after its last micro-batch: in the
-loss of each micro-batch, it would count as often as there are micro-batches. So it needs no second graph, is clipped
-together with the rest, and works on the shards of FSDP2.
+The gradient of the penalty is added to that of the loss once per optimizer step, after the last micro-batch. So it
+needs no autograd graph, does not depend on gradient accumulation, is clipped together with the gradient of the loss,
+and works on the shards of FSDP2.
 
-In front of SAM, `class T(EWCMixin, SAMTrainer)`, the penalty is taken at w; behind it, `class T(SAMMixin, EWCMixin,
-Trainer)`, SAM climbs and descends the penalized loss.
+With the penalty before SAM, `class T(EWCMixin, SAMTrainer)`, its gradient is computed at w. With the penalty after SAM,
+`class T(SAMMixin, EWCMixin, Trainer)`, both passes use the penalized loss.
 """
 
 import math
@@ -25,7 +25,7 @@ from .fisher import load_fisher
 
 @dataclass(repr=False)
 class L2Arguments:
-    """Fields of [`L2Mixin`], for any subclass of [`~transformers.TrainingArguments`].
+    """Arguments of [`L2Mixin`]: a mixin for any subclass of [`~transformers.TrainingArguments`].
 
     Args:
         l2_lambda (`float`, defaults to 0.0): strength of the penalty.
@@ -42,7 +42,7 @@ class L2Arguments:
 
 @dataclass(repr=False)
 class EWCArguments:
-    """Fields of [`EWCMixin`], for any subclass of [`~transformers.TrainingArguments`].
+    """Arguments of [`EWCMixin`]: a mixin for any subclass of [`~transformers.TrainingArguments`].
 
     Args:
         ewc_lambda (`float`, defaults to 0.0): strength of the penalty.
@@ -52,7 +52,7 @@ class EWCArguments:
     ewc_lambda: float = field(
         default=0.0,
         metadata={
-            "help": "[penalty] lambda of lambda / 2 * sum F (w - w_base)^2. 0 turns it off; arXiv 2605.02105 tries "
+            "help": "[penalty] lambda of lambda / 2 * sum F (w - w_base)^2. 0 turns it off; arXiv 2605.02105 uses "
             "1e3 to 1e5."
         },
     )
@@ -83,7 +83,7 @@ class _Penalty:
         meta = [name for name, param in trainable.items() if param.is_meta]
         if meta:
             raise ValueError(
-                f"{meta[0]!r} has no weights yet, so that a penalty cannot remember where it began. Load the whole "
+                f"{meta[0]!r} is on the meta device, so the penalty cannot copy its initial value. Load the whole "
                 "model on each process (fsdp_config: cpu_ram_efficient_loading false)."
             )
         if importance is not None:
@@ -91,7 +91,7 @@ class _Penalty:
                 if name not in importance or importance[name].shape != param.shape:
                     raise ValueError(
                         f"The Fisher information has no entry for {name!r} of shape {tuple(param.shape)}. Estimate it "
-                        "on the very model that is fine-tuned."
+                        "on the model that you fine-tune."
                     )
         self.base = {name: param.detach().to("cpu", copy=True) for name, param in trainable.items()}
         self.importance = importance
@@ -99,7 +99,11 @@ class _Penalty:
 
     @torch.no_grad()
     def add_gradient(self, model: torch.nn.Module, scale: float) -> torch.Tensor:
-        """Add `scale` times the gradient to that of the model; returns the penalty on this rank, shape `()`, fp32."""
+        """Add `scale` times the gradient of the penalty to `.grad`; returns the penalty of this rank's shards.
+
+        Returns:
+            `torch.Tensor`: fp32, shape `()`.
+        """
         total = None
         for name, param in model.named_parameters():
             if not param.requires_grad or (name := plain_name(name)) not in self.base:
@@ -116,7 +120,7 @@ class _Penalty:
         return total if total is not None else torch.zeros(())
 
     def _place(self, name: str, param: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The piece of base and importance that belongs to the shard of `param`, where it is."""
+        """The shards of base and importance that correspond to this rank's shard of `param`, on its device."""
         if name not in self._placed:
             whole = [self.base[name], self.importance[name] if self.importance is not None else None]
             device = local_shard(param).device
@@ -125,7 +129,7 @@ class _Penalty:
                 for value in whole
             ]
             self._placed[name] = tuple(pieces)
-            # What is needed from now on is the piece; the whole would stay on the host of every rank.
+            # Free the whole tensors, which would otherwise stay in the CPU memory of every rank.
             self.base[name] = torch.empty(0)
             if self.importance is not None:
                 self.importance[name] = torch.empty(0)
@@ -133,7 +137,7 @@ class _Penalty:
 
 
 class _PenaltyMixin:
-    """Adds the gradient of a penalty once in each optimizer step, and logs the penalty."""
+    """Adds the gradient of a penalty once per optimizer step, and logs the penalty."""
 
     _penalty_name: str
 
@@ -142,7 +146,7 @@ class _PenaltyMixin:
         self._penalties: dict[str, _Penalty] = {}
         self._penalty_values: dict[str, torch.Tensor] = {}
         self._penalty_step = -1
-        # Each mixin brings one; a trainer may have both.
+        # A trainer may combine several penalty mixins.
         for mixin in [cls for cls in type(self).__mro__ if "_penalty_name" in vars(cls)]:
             if (strength := mixin._penalty_strength(self)) > 0:
                 self._check_penalty_backend()
@@ -159,11 +163,11 @@ class _PenaltyMixin:
         behind = SAMMixin in order and order.index(SAMMixin) < order.index(_PenaltyMixin)
         if behind and getattr(self.args, "sam_ascent_micro_batches", None) is not None:
             raise ValueError(
-                f"With sam_ascent_micro_batches, the ascent pass of {name} sees part of the loss but the whole "
-                "penalty. Put the penalty in front of SAM: class MyTrainer(EWCMixin, SAMTrainer)."
+                f"With sam_ascent_micro_batches, the ascent pass of {name} would use part of the loss but the whole "
+                "penalty. List the penalty before SAM: class MyTrainer(EWCMixin, SAMTrainer)."
             )
 
-    @once_per_step  # in front of SAM, the penalty is taken at w
+    @once_per_step  # before SAM in the MRO, the penalty is computed at w
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._penalties and self.accelerator.sync_gradients:
@@ -173,7 +177,7 @@ class _PenaltyMixin:
     def _add_penalties(self, model) -> None:
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        # Behind SAM this is called in both passes; the first is the one at w.
+        # After SAM in the MRO, this is called in both passes; only the first one is at w.
         first = self._penalty_step != self.state.global_step
         self._penalty_step = self.state.global_step
         for name, penalty in self._penalties.items():
@@ -192,9 +196,9 @@ class _PenaltyMixin:
 class L2Mixin(_PenaltyMixin):
     """L2-to-base for any [`~transformers.Trainer`]: `class MyTrainer(L2Mixin, Base)`.
 
-    The arguments must carry the fields of [`L2Arguments`]. The base is the model as it is handed to the trainer.
-    Memory: one fp32 copy of the trainable weights (or shards). The logged `loss` does not hold the penalty;
-    `l2/penalty` is logged beside it.
+    The arguments must have the fields of [`L2Arguments`]. The base is the model at construction of the trainer. Memory:
+    one fp32 copy of the trainable weights (or shards). The logged `loss` does not include the penalty, which is logged
+    as `l2/penalty`.
 
     Raises:
         ValueError: at construction, under DeepSpeed.
@@ -212,12 +216,12 @@ class L2Mixin(_PenaltyMixin):
 class EWCMixin(_PenaltyMixin):
     """Elastic weight consolidation for any [`~transformers.Trainer`]: `class MyTrainer(EWCMixin, Base)`.
 
-    The arguments must carry the fields of [`EWCArguments`]. The base is the model as it is handed to the trainer.
-    Memory: two fp32 copies of the trainable weights (or shards). The logged `loss` does not hold the penalty;
-    `ewc/penalty` is logged beside it.
+    The arguments must have the fields of [`EWCArguments`]. The base is the model at construction of the trainer.
+    Memory: two fp32 copies of the trainable weights (or shards). The logged `loss` does not include the penalty, which
+    is logged as `ewc/penalty`.
 
     Raises:
-        ValueError: at construction, if the Fisher information does not fit the model, or under DeepSpeed.
+        ValueError: at construction, if the Fisher information does not match the model, or under DeepSpeed.
     """
 
     _penalty_name = "ewc"

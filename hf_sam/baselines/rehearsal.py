@@ -1,25 +1,25 @@
-"""Rehearsal: forget less by going on seeing some of the old data (arXiv 2406.04836, section 5)."""
+"""Rehearsal: mix old data into the fine-tuning data (arXiv 2406.04836, section 5)."""
 
 
 def with_rehearsal(new, old, share: float, *, seed: int = 0):
-    """Fine-tuning data of which a share is old data.
+    """Mix a share of old data into the fine-tuning data.
 
-    Datasets of known length keep every row of `new` once; as many random rows of `old` as make up the share are
-    added (without repetition), and all are shuffled. Streams are mixed at random in that proportion until one ends.
+    Datasets keep every row of `new` once; random rows of `old` are added without repetition, and all rows are shuffled.
+    Streams are interleaved randomly until one of them ends.
 
     Args:
         new (`datasets.Dataset` or `datasets.IterableDataset`): the fine-tuning data.
-        old (`datasets.Dataset` or `datasets.IterableDataset`): data of the kind that the base model was trained on,
-            with the columns of `new`; a stream if `new` is one.
-        share (`float`): share of the examples that is old, from 0 to below 1.
-        seed (`int`, defaults to 0): seed of the choice and of the order.
+        old (`datasets.Dataset` or `datasets.IterableDataset`): data similar to the training data of the base model,
+            with the columns of `new`; a stream if `new` is a stream.
+        share (`float`): fraction of old examples in the mixture, at least 0 and below 1.
+        seed (`int`, defaults to 0): seed of the selection and of the order.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: the mixture; `new` itself if the share is 0.
 
     Raises:
         ValueError: if the share is out of range, the columns differ, or there is not enough old data.
-        TypeError: if one is a stream and the other is not.
+        TypeError: if only one of them is a stream.
     """
     from ..runtime.packages import require
 
@@ -27,19 +27,19 @@ def with_rehearsal(new, old, share: float, *, seed: int = 0):
     from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
     if not 0 <= share < 1:
-        raise ValueError(f"share={share} must be from 0 to below 1: the share of old examples in the mixture.")
+        raise ValueError(f"share={share}, the fraction of old examples in the mixture, must be at least 0 and below 1.")
     if share == 0:
         return new
     if isinstance(new, Dataset) != isinstance(old, Dataset) or not isinstance(new, Dataset | IterableDataset):
         raise TypeError(
             f"Rehearsal mixes two Datasets or two IterableDatasets, not {type(new).__name__} and {type(old).__name__}. "
-            "A Dataset becomes a stream by .to_iterable_dataset()."
+            "Convert a Dataset with .to_iterable_dataset()."
         )
     columns = [set(data.column_names or ()) for data in (new, old)]
     if columns[0] != columns[1]:
         raise ValueError(
             f"The new data has the columns {sorted(columns[0])}, the old data {sorted(columns[1])}. Rename or remove "
-            "columns until they agree."
+            "columns so that they match."
         )
     if isinstance(new, IterableDataset):
         return interleave_datasets(
@@ -48,8 +48,8 @@ def with_rehearsal(new, old, share: float, *, seed: int = 0):
     count = round(len(new) * share / (1 - share))
     if count > len(old):
         raise ValueError(
-            f"A share of {share:g} of old data beside {len(new)} new examples takes {count} old ones, but there are "
-            f"only {len(old)}."
+            f"A share of {share:g} of old data with {len(new)} new examples takes {count} old ones, but there are only "
+            f"{len(old)}. Lower the share, or add old data."
         )
     mixture = concatenate_datasets([new, old.shuffle(seed=seed).select(range(count))])
     return mixture.shuffle(seed=seed)

@@ -1,4 +1,4 @@
-"""Wise-FT: forget less by going only part of the way (Wortsman 2022, arXiv 2109.01903)."""
+"""Wise-FT: interpolate between the base and the tuned weights (Wortsman et al. 2022, arXiv 2109.01903)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from ..runtime.sharding import check_unsharded
 def wise_ft(
     base: torch.nn.Module, tuned: Weights, alphas: Sequence[float] = (0.2, 0.4, 0.6, 0.8)
 ) -> Iterator[tuple[float, torch.nn.Module]]:
-    """The models (1 - alpha) base + alpha tuned, one after the other.
+    """Iterate over the models (1 - alpha) base + alpha tuned.
 
     ```python
     for alpha, model in wise_ft(base, tuned):
@@ -19,16 +19,16 @@ def wise_ft(
     ```
 
     Args:
-        base (`torch.nn.Module`): the model before fine-tuning. Its weights are moved to each interpolation in turn, and
-            put back bit for bit when the loop ends, also by `break` or an error.
-        tuned (`torch.nn.Module` or `Mapping[str, torch.Tensor]`): the model after it, or its weights by name.
-        alphas (`Sequence[float]`): 0 is the base, 1 the tuned model; both are exact.
+        base (`torch.nn.Module`): the model before fine-tuning. Its weights are set to each interpolation in turn, and
+            restored bitwise when the loop ends, also by `break` or an error.
+        tuned (`torch.nn.Module` or `Mapping[str, torch.Tensor]`): the model after fine-tuning, or its weights by name.
+        alphas (`Sequence[float]`): 0 gives the base model, 1 the tuned model; both are exact.
 
     Yields:
-        `tuple[float, torch.nn.Module]`: alpha and `base` at that interpolation. To keep one, save it.
+        `tuple[float, torch.nn.Module]`: alpha, and `base` with the interpolated weights. Save it to keep it.
 
     Raises:
-        ValueError: if the two do not have the same weights.
+        ValueError: if the models do not have the same parameters.
     """
     params = floating_parameters(base, None, "Wise-FT")
     check_unsharded(params, "Wise-FT")
@@ -41,10 +41,10 @@ def wise_ft(
 
 @torch.no_grad()
 def interpolate(base: torch.nn.Module, tuned: Weights, alpha: float) -> torch.nn.Module:
-    """Move `base` to (1 - alpha) base + alpha tuned for good, e.g. to save it; returns `base`.
+    """Set the weights of `base` to (1 - alpha) base + alpha tuned permanently, e.g. to save it; returns `base`.
 
     Raises:
-        ValueError: if the two do not have the same weights.
+        ValueError: if the models do not have the same parameters.
     """
     params = floating_parameters(base, None, "Wise-FT")
     check_unsharded(params, "Wise-FT")

@@ -267,7 +267,7 @@ def test_wrong_combinations_are_reported(tmp_path, fisher):
         )
     with pytest.raises(TypeError, match="after a Trainer"):
         type("Wrong", (Trainer, L2Mixin), {})
-    with pytest.raises(ValueError, match="Put the penalty in front"):
+    with pytest.raises(ValueError, match="List the penalty before SAM"):
         host(Behind, sam_arguments(), tmp_path, sam_rho=0.1, l2_lambda=1.0, sam_ascent_micro_batches=1)
 
 
