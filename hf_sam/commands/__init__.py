@@ -1,6 +1,6 @@
-"""The command `hf-sam`: one module a sub-command, each with `main(argv) -> exit status`.
+"""The command `hf-sam`: one module per sub-command, each with `main(argv) -> exit status`.
 
-Nothing here imports torch or transformers: `hf-sam --help` answers at once, and a sub-command loads what it needs.
+This module does not import torch or transformers, so that `hf-sam --help` is fast.
 """
 
 import importlib
@@ -20,10 +20,10 @@ class Command:
     Attributes:
         module (`str`): name of its module in this package.
         usage (`str`): the command with its positional arguments.
-        help (`str`): what it does, for the list of commands; lines of at most 100 characters.
+        help (`str`): description in the list of commands; lines of at most 100 characters.
         extra (`str` or `None`): the extra of hf-sam that it needs.
-        packages (`tuple[str, ...]`): packages of that extra without which it cannot start.
-        runs_a_script (`bool`): whether it runs a program of the user, whose errors keep their traceback.
+        packages (`tuple[str, ...]`): packages of that extra that it cannot start without.
+        runs_a_script (`bool`): whether it runs a script of the user, whose errors keep their traceback.
     """
 
     module: str
@@ -44,8 +44,8 @@ COMMANDS = {
     "run": Command(
         "run",
         "run SCRIPT",
-        "any training script, with SAM in the trainers that it names; SAM flags in front of SCRIPT are\n"
-        "defaults for scripts that do not parse flags (end a list or a switch with `--`)",
+        "run any training script with SAM in its trainers; SAM flags before SCRIPT are defaults for scripts\n"
+        "that do not parse flags (end a list or a switch with `--`)",
         runs_a_script=True,
     ),
     "pretrain": Command(
@@ -74,36 +74,36 @@ COMMANDS = {
     "reproduce": Command(
         "reproduce",
         "reproduce",
-        "a whole experiment by its preset: pretrain, anneal, fine-tune, evaluate, compare",
+        "run all stages of an experiment preset: pretrain, anneal, fine-tune, evaluate, compare",
         "recipes",
         (*_EVAL, "trl"),
     ),
     "toy-data": Command(
         "toy_data",
         "toy-data",
-        "the data of the preset `toy`, without a network",
+        "generate the data of the preset `toy`, without network access",
         "recipes",
         ("datasets", "reasoning_gym"),
     ),
 }
 
 _FOOTER = """\
-`hf-sam COMMAND --help` lists the flags of a command. Errors of the user are reported in one line;
-`hf-sam --debug COMMAND` (or HF_SAM_DEBUG=1) shows their traceback. To start `run` on several processes, use
+`hf-sam COMMAND --help` lists the flags of a command. User errors are reported in one line;
+`hf-sam --debug COMMAND` (or HF_SAM_DEBUG=1) shows their traceback. To start `run` with several processes, use
 `accelerate launch -m hf_sam run SCRIPT ...` or `torchrun -m hf_sam run SCRIPT ...`.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (of the process when omitted).
+    """Run the command line `argv` (`sys.argv[1:]` when omitted).
 
     Returns:
-        `int`: the exit status: 0, 1 if a measure failed, 2 after a mistake of the user, 130 after Ctrl-C, or what a
-        launched process returned.
+        `int`: the exit status: 0, 1 if a measurement failed, 2 after a user error, 130 after Ctrl-C, or the status of a
+        launched process.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--debug"]:
-        os.environ[DEBUG] = "1"  # for the processes that are launched, too
+        os.environ[DEBUG] = "1"  # launched processes inherit it
         argv = argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         return run_command("hf-sam", lambda: _unknown_command(name))
     command = COMMANDS[name]
-    return run_command(f"hf-sam {name}", lambda: _run(command, rest), hosts=not command.runs_a_script)
+    return run_command(f"hf-sam {name}", lambda: _run(command, rest), library_errors=not command.runs_a_script)
 
 
 def usage() -> str:

@@ -1,4 +1,4 @@
-"""`hf-sam clm`: pretraining on plain text, from a checkpoint or from scratch, with TRL's trainer and data handling."""
+"""`hf-sam clm`: train on plain text, from a checkpoint or from scratch, with TRL's trainer and data processing."""
 
 from dataclasses import dataclass, field
 
@@ -21,26 +21,26 @@ from .training_inputs import load_training_data, parse_arguments
 
 @dataclass(repr=False)
 class CLMConfig(SAMSFTConfig):
-    """[`SAMSFTConfig`] with the defaults of language modelling: texts concatenated and cut into blocks.
+    """[`SAMSFTConfig`] with defaults for language modeling: texts are concatenated and cut into blocks.
 
     Parameters:
         from_scratch (`bool`, *optional*, defaults to `False`):
-            Take only the configuration and the tokenizer of `model_name_or_path`, and start from random weights.
+            Start from random weights, with the config and the tokenizer of `model_name_or_path`.
     """
 
-    packing: bool = field(default=True, metadata={"help": "Fill every block of `max_length` tokens with texts."})
+    packing: bool = field(default=True, metadata={"help": "Pack texts into blocks of `max_length` tokens."})
     packing_strategy: str = field(
         default="wrapped",
-        metadata={"help": "'wrapped': concatenate all texts and cut. 'bfd': keep texts whole where they fit."},
+        metadata={"help": "'wrapped': concatenate all texts and cut them. 'bfd': do not split texts that fit a block."},
     )
     from_scratch: bool = field(
         default=False,
-        metadata={"help": "Start from random weights, with the configuration and tokenizer of the model."},
+        metadata={"help": "Start from random weights, with the config and tokenizer of the model."},
     )
 
 
 def make_parser() -> ConfigParser:
-    """The parser of the command: TRL's arguments for data and model, and [`CLMConfig`]."""
+    """Create the parser of the command, with TRL's arguments for data and model, and [`CLMConfig`]."""
     classes = (ScriptArguments, CLMConfig, ModelConfig, DatasetMixtureConfig)
     return group_sam_flags(ConfigParser(classes, prog="hf-sam clm"))
 
@@ -51,14 +51,14 @@ def main(argv: list[str]) -> int:
 
 
 def train(argv: list[str]) -> int:
-    """Train on the column `text` (or `--dataset_text_field`) of a dataset, and save.
+    """Train on the column `text` (or `--dataset_text_field`) of a dataset, and save the model.
 
     Args:
-        argv (`list[str]`): flags; `--config FILE` reads more of them from YAML.
+        argv (`list[str]`): flags; `--config FILE` reads flags from YAML.
 
     Raises:
-        ValueError: if model, data, split or column is missing; the message names what there is.
-        OSError: if the output folder cannot be written to.
+        ValueError: if the model, data, split or column does not exist; the message lists the alternatives.
+        OSError: if the output folder is not writable.
     """
     script_args, args, model_args, mixture = parse_arguments(make_parser(), argv)
     dataset = load_training_data(script_args, args, mixture, [args.dataset_text_field])

@@ -1,8 +1,8 @@
-"""Flags in the help of a command."""
+"""The SAM flags in the help of a command."""
 
 
 def group_sam_flags(parser):
-    """Show the fields of [`~hf_sam.SAMArguments`] in groups of their own in the `--help` of an argparse parser.
+    """Move the fields of [`~hf_sam.SAMArguments`] to separate groups in the `--help` of an argparse parser.
 
     Args:
         parser (`argparse.ArgumentParser`): e.g. an `HfArgumentParser`; changed in place and returned.

@@ -1,4 +1,4 @@
-"""Starting a command of `hf-sam` in other processes, with the launcher of accelerate."""
+"""Start a command of `hf-sam` in several processes, with the launcher of accelerate."""
 
 import argparse
 import logging
@@ -12,26 +12,26 @@ from ..runtime.config import ConfigParser
 from ..runtime.errors import UsageError, raise_usage_errors, unknown_arguments
 from ..runtime.processes import end_with_launcher
 
-# Tells the processes that a command launches not to launch again what they read in the config file.
+# Set in launched processes, which must not launch again because of launcher flags in a config file.
 _LAUNCHED = "HF_SAM_LAUNCHED"
 
 
 def run_or_launch(command: str, parser: ConfigParser, argv: Sequence[str], program: Callable[[list[str]], int]) -> int:
-    """Run a command in this process, or under `accelerate launch` if there are flags of the launcher among its flags.
+    """Run a command in this process, or under `accelerate launch` if it has launcher flags.
 
-    As in `trl sft`: what the parser of the command does not know (`--num_processes 2`, `--accelerate_config FILE`) goes
-    to `accelerate launch`, which starts the same command in every process.
+    As in `trl sft`, flags that the parser of the command does not know (`--num_processes 2`, `--accelerate_config
+    FILE`) are passed to `accelerate launch`, which starts the same command in every process.
 
     Args:
         command (`str`): name of the command.
-        parser ([`~hf_sam.runtime.config.ConfigParser`]): of its flags.
+        parser ([`~hf_sam.runtime.config.ConfigParser`]): parser of the command.
         argv (`Sequence[str]`): all flags.
-        program (`Callable[[list[str]], int]`): what the command does in one process; returns the exit status.
+        program (`Callable[[list[str]], int]`): runs the command in one process; returns the exit status.
 
     Raises:
-        UsageError: if a flag, or a name in the file of `--config`, belongs to neither.
+        UsageError: if neither the command nor the launcher knows a flag or a setting in the file of `--config`.
     """
-    config, unknown = _unknown(parser, argv)
+    config, unknown = _launcher_settings(parser, argv)
     flags = list(parser._option_string_actions)
     if is_launched():
         end_with_launcher()
@@ -43,10 +43,10 @@ def run_or_launch(command: str, parser: ConfigParser, argv: Sequence[str], progr
     return program(argv)
 
 
-def _unknown(parser: ConfigParser, argv: Sequence[str]) -> tuple[dict, list[str]]:
-    """What the parser does not know, in the files of `--config` and in `argv`; prints the help if asked to.
+def _launcher_settings(parser: ConfigParser, argv: Sequence[str]) -> tuple[dict, list[str]]:
+    """Settings in config files and flags in `argv` that the parser does not know. With `--help`, prints the help.
 
-    The arguments are not built yet: in a process that only launches others, they would set up devices.
+    Training arguments are not created, because they would initialize devices in a process that only launches others.
     """
     files, flags = parser.split(argv)
     settings = parser.load(files)
@@ -56,7 +56,7 @@ def _unknown(parser: ConfigParser, argv: Sequence[str]) -> tuple[dict, list[str]
 
 
 def _without(argv: list[str], taken: list[str]) -> list[str]:
-    """`argv` without `taken`, which are some of its elements in their order."""
+    """`argv` without `taken`, a subsequence of it."""
     rest, taken = [], list(taken)
     for argument in argv:
         if taken and argument == taken[0]:
@@ -86,19 +86,19 @@ def launcher_flags() -> set[str]:
 def launch(command: str, flags: Sequence[str], argv: Sequence[str]) -> int:
     """Start `hf-sam COMMAND` under `accelerate launch`, and wait for it.
 
-    The launcher runs in this process, so that what is left of a failure is a status: its own report would only repeat,
-    in some thirty lines, that a process failed that has said why.
+    The launcher runs in this process, so that a failure becomes an exit status. The failed process has reported its
+    error already; the report of the launcher would only add thirty lines.
 
     Args:
         command (`str`): the command.
-        flags (`Sequence[str]`): those of the launcher.
-        argv (`Sequence[str]`): those of the command.
+        flags (`Sequence[str]`): flags of the launcher.
+        argv (`Sequence[str]`): flags of the command.
 
     Returns:
-        `int`: the exit status of the process that failed first, 128 and the number of the signal that ended it, or 0.
+        `int`: 0, the exit status of the process that failed first, or 128 plus the number of the signal that ended it.
 
     Raises:
-        UsageError: if the launcher does not take its flags.
+        UsageError: if the launcher rejects its flags.
     """
     from accelerate.commands.launch import launch_command
 
@@ -106,7 +106,7 @@ def launch(command: str, flags: Sequence[str], argv: Sequence[str]) -> int:
     if "--accelerate_config" in flags:
         flags = _with_accelerate_config(flags)
     arguments = raise_usage_errors(launcher_parser()).parse_args([*flags, "--module", "hf_sam", command, *argv])
-    # Its lines about the process that failed; the status tells the same.
+    # Silence its report about the failed process.
     elastic = logging.getLogger("torch.distributed.elastic")
     level = elastic.level
     elastic.setLevel(logging.CRITICAL)
@@ -126,19 +126,19 @@ def launch(command: str, flags: Sequence[str], argv: Sequence[str]) -> int:
         elastic.setLevel(level)
     if status > 0:
         return status
-    if -status != signal.SIGINT:  # the launched processes got Ctrl-C, too, and tell it; one that is killed cannot
+    if -status != signal.SIGINT:  # launched processes report Ctrl-C themselves; a killed process cannot
         print(f"hf-sam {command}: a process was ended by {signal.Signals(-status).name}.", file=sys.stderr)
-    return 128 - status  # as a shell has it
+    return 128 - status  # convention of shells
 
 
 def _status_of(error: Exception) -> int | None:
     """Exit status of the process that failed first; None if the launcher itself failed."""
     if isinstance(error, subprocess.CalledProcessError):
         return error.returncode
-    # Of torchrun, which only the backends import from.
+    # Raised by torchrun. Compared by name, because only backends import torch.distributed.
     if type(error).__name__ == "ChildFailedError":
         return error.get_first_failure()[1].exitcode
-    if type(error).__name__ == "SignalException":  # this process was asked to end, and has ended the others
+    if type(error).__name__ == "SignalException":  # this process got a signal and has terminated the others
         return -int(error.sigval)
     return None
 
@@ -153,7 +153,7 @@ def _with_accelerate_config(flags: list[str]) -> list[str]:
 
 
 def as_flags(config: dict) -> list[str]:
-    """What a config file holds for the launcher, as flags: `switch: true` is the plain `--switch`."""
+    """Convert launcher settings of a config file to flags; `switch: true` becomes `--switch`."""
     actions = launcher_parser()._option_string_actions
     result = []
     for name, value in config.items():
@@ -168,14 +168,14 @@ def as_flags(config: dict) -> list[str]:
 
 
 def check_flags(unknown: Sequence[str], known: Sequence[str]) -> None:
-    """Check that what a command does not know are flags of the launcher, each with its value.
+    """Check that unknown arguments of a command are flags of the launcher, each with its value.
 
     Args:
-        unknown (`Sequence[str]`): flags and values that the parser of the command left.
-        known (`Sequence[str]`): the flags of the command, for the message.
+        unknown (`Sequence[str]`): arguments that the parser of the command does not know.
+        known (`Sequence[str]`): flags of the command, for suggestions in the message.
 
     Raises:
-        UsageError: if there is another argument.
+        UsageError: if the launcher does not know an argument either.
     """
     actions = launcher_parser()._option_string_actions
     takes_value = False

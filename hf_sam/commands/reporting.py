@@ -1,17 +1,17 @@
-"""How commands report errors: a mistake of the user in one line and status 2, a bug with its traceback.
+"""Error reports of commands: user errors in one line with status 2, bugs with their traceback.
 
-One rule for all commands of `hf-sam`. An error is a mistake of the user if it is
+An error is a user error if it is
 
-1. a wrong command line ([`UsageError`]);
-2. a `ValueError`, `OSError`, `ImportError`, `FloatingPointError` or `MeasurementError` that hf-sam raises: its message
-   is written for the user;
-3. one of these types, raised by a `raise` statement of a host library before training begins. Within the training
-   loop the same error is a bug: settings, model and data were fine;
-4. an `OSError` of the operating system before training begins, or at any time one that says that a file cannot be
-   written (no space, no permission, a read-only file system).
+1. an invalid command line ([`UsageError`]);
+2. a `ValueError`, `OSError`, `ImportError`, `FloatingPointError` or `MeasurementError` raised by hf-sam, whose messages
+   are written for users;
+3. an error of these types from a `raise` statement in one of `_LIBRARIES`, before training begins. In the training
+   loop, the same error is a bug, because settings, model and data have been checked;
+4. an `OSError` of the operating system before training begins, or, at any time, one about a file that cannot be written
+   (no space, no permission, a read-only file system).
 
-Everything else keeps its traceback. A `ValueError` of the interpreter itself, as of `int("x")`, is raised by no `raise`
-statement, and so is a bug wherever it comes from. `HF_SAM_DEBUG=1` shows the traceback of mistakes, too.
+All other errors keep their traceback. A `ValueError` of the interpreter, e.g. of `int("x")`, does not come from a
+`raise` statement, so it is always a bug. `HF_SAM_DEBUG=1` also shows the traceback of user errors.
 """
 
 import argparse
@@ -27,26 +27,26 @@ from ..runtime.host_messages import filter_warnings
 
 DEBUG = "HF_SAM_DEBUG"
 _PACKAGE = __package__.partition(".")[0]
-MISTAKE, INTERRUPTED = 2, 130  # exit statuses; the second one is that of a shell after Ctrl-C
+USER_ERROR, INTERRUPTED = 2, 130  # exit statuses; 130 is what shells return after Ctrl-C
 
 _TYPES = (ValueError, OSError, ImportError, FloatingPointError)
-_HOSTS = {"transformers", "trl", "datasets", "accelerate", "peft", "huggingface_hub", "lm_eval", "bitsandbytes"}
+_LIBRARIES = {"transformers", "trl", "datasets", "accelerate", "peft", "huggingface_hub", "lm_eval", "bitsandbytes"}
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
-def run_command(prog: str, program: Callable[[], int], *, hosts: bool = True) -> int:
-    """Run a command, and report its errors as the rule of this module says.
+def run_command(prog: str, program: Callable[[], int], *, library_errors: bool = True) -> int:
+    """Run a command, and report its errors by the rules of this module.
 
-    Under a launcher, the first process of each machine reports.
+    Under a launcher, only the first process of each machine reports.
 
     Args:
-        prog (`str`): what the line of an error begins with.
+        prog (`str`): prefix of error messages.
         program (`Callable[[], int]`): the command; returns the exit status.
-        hosts (`bool`, defaults to `True`): whether errors of host libraries and of the operating system may be
-            mistakes; they are not where the command runs a script of the user's own.
+        library_errors (`bool`, defaults to `True`): whether errors of libraries and of the operating system can be user
+            errors. Use `False` if the command runs a script of the user.
 
     Returns:
-        `int`: the status of the program, 2 after a mistake, 130 after Ctrl-C.
+        `int`: the status of the program, 2 after a user error, 130 after Ctrl-C.
     """
     filter_warnings()
     try:
@@ -56,21 +56,21 @@ def run_command(prog: str, program: Callable[[], int], *, hosts: bool = True) ->
             raise
         status, message = INTERRUPTED, "interrupted."
     except Exception as error:
-        if is_debugging() or not is_mistake(error, hosts):
+        if is_debugging() or not is_user_error(error, library_errors):
             raise
-        status, message = MISTAKE, _message(error, prog)
+        status, message = USER_ERROR, _message(error, prog)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{prog}: {message}", file=sys.stderr)
     return status
 
 
 def is_debugging() -> bool:
-    """Whether mistakes are shown with their traceback."""
+    """Whether user errors are shown with their traceback."""
     return os.environ.get(DEBUG, "0") not in ("", "0")
 
 
-def is_mistake(error: Exception, hosts: bool = True) -> bool:
-    """Whether an error that was caught is a mistake of the user; see the rule of this module."""
+def is_user_error(error: Exception, library_errors: bool = True) -> bool:
+    """Whether a caught error is a user error, by the rules of this module."""
     if isinstance(error, UsageError) or _unused_arguments(error) is not None:
         return True
     frames = list(_frames(error))
@@ -81,12 +81,12 @@ def is_mistake(error: Exception, hosts: bool = True) -> bool:
     raised = dis.opname[innermost.f_code.co_code[instruction]] in ("RAISE_VARARGS", "RERAISE")
     if raised and package == _PACKAGE:
         return True
-    if not hosts:
+    if not library_errors:
         return False
     if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
         return True
-    refused = isinstance(error, OSError) and error.errno is not None and error.filename is not None
-    return ((raised and package in _HOSTS) or refused) and not _in_training(frame for frame, _ in frames)
+    from_system = isinstance(error, OSError) and error.errno is not None and error.filename is not None
+    return ((raised and package in _LIBRARIES) or from_system) and not _in_training(frame for frame, _ in frames)
 
 
 def _frames(error: Exception) -> Iterator[tuple[FrameType, int]]:
@@ -114,7 +114,7 @@ def _message(error: Exception, prog: str) -> str:
 
 
 def _unused_arguments(error: Exception) -> tuple[list[str], list[str]] | None:
-    """Arguments that an `HfArgumentParser` of a script did not know, and the flags that it does know."""
+    """Arguments that the `HfArgumentParser` of a script does not know, and the flags that it knows."""
     for frame, _ in _frames(error):
         if frame.f_code.co_name == "parse_args_into_dataclasses" and isinstance(error, ValueError):
             parser, unused = frame.f_locals.get("self"), frame.f_locals.get("remaining_args")

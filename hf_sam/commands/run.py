@@ -1,4 +1,4 @@
-"""`hf-sam run SCRIPT`: run a training script with SAM in the trainers that it names."""
+"""`hf-sam run SCRIPT`: run a training script with SAM in its trainers."""
 
 import argparse
 import os
@@ -12,10 +12,10 @@ from .script import run_script
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command: SAM flags in front of the script, and all that follows it."""
+    """Create the parser of the command: SAM flags, the script, and its arguments."""
     parser = raise_usage_errors(group_sam_flags(HfArgumentParser(SAMArguments, prog="hf-sam run")))
     parser.add_argument("script", help="the training script")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own flags, among them those of SAM")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="flags of the script, which may include SAM flags")
     return parser
 
 

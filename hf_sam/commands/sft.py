@@ -1,4 +1,4 @@
-"""`hf-sam sft`: TRL's SFT script with SAM, and with data named as in the other commands."""
+"""`hf-sam sft`: TRL's SFT script with SAM, and with the dataset specs of the other commands."""
 
 import datasets
 import trl
@@ -14,7 +14,7 @@ from .training_inputs import SFT_COLUMNS, load_training_data, parse_arguments
 
 
 def make_parser() -> ConfigParser:
-    """The parser of the command: TRL's arguments for data and model, and [`~hf_sam.SAMSFTConfig`]."""
+    """Create the parser of the command, with TRL's arguments for data and model, and [`~hf_sam.SAMSFTConfig`]."""
     classes = (ScriptArguments, SAMSFTConfig, ModelConfig, DatasetMixtureConfig)
     return group_sam_flags(ConfigParser(classes, prog="hf-sam sft"))
 

@@ -1,4 +1,4 @@
-"""What `hf-sam sft` and `hf-sam clm` train on, checked before it is loaded: TRL's arguments, and data by name."""
+"""Arguments and training data of `hf-sam sft` and `hf-sam clm`, checked before the model is loaded."""
 
 import dataclasses
 import functools
@@ -15,28 +15,28 @@ from ..runtime.disk import check_writable
 from ..runtime.models import check_model
 from ..runtime.weight_files import check_weights
 
-# Columns each of which is a form of example that TRL's SFTTrainer reads.
+# Columns of the dataset formats that TRL's SFTTrainer accepts; one of them must be present.
 SFT_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
 
 
 def parse_arguments(
     parser: ConfigParser, argv: Sequence[str]
 ) -> tuple[ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig]:
-    """TRL's arguments from flags and from the files of `--config`.
+    """Parse TRL's arguments from flags and from the files of `--config`.
 
     Raises:
-        ValueError: if a value is out of range, there is no model or no data to train on, the model does not exist, or
-            files of its weights or of the checkpoint to resume from are damaged.
-        OSError: if the output folder cannot be written to.
+        ValueError: if a value is out of range, model or data is not set, the model does not exist, or weight files of
+            the model or of the checkpoint to resume from are damaged.
+        OSError: if the output folder is not writable.
     """
-    # Flags of `accelerate launch` in a config file have done their work.
+    # The config file may contain launcher flags, which `run_or_launch` has handled.
     script, args, model, mixture = parser.parse(argv, ignore_unknown=True)
     if model.model_name_or_path is None:
-        raise ValueError("there is no model to train. Name one with --model_name_or_path: a folder or a hub id.")
+        raise ValueError("there is no model to train. Set --model_name_or_path to a folder or a Hub id.")
     if not mixture.datasets and script.dataset_name is None:
         raise ValueError(
-            "there is no data to train on. Name it with --dataset_name (a file, a pattern of files, a folder or a hub "
-            "id), or with `datasets` in the file of --config."
+            "there is no data to train on. Set --dataset_name to a file, a pattern of files, a folder or a Hub id, or "
+            "`datasets` in the file of --config."
         )
     check_writable(args.output_dir)
     revision = None if model.model_revision == "main" else model.model_revision  # TRL's default
@@ -52,22 +52,22 @@ def load_training_data(
     mixture: DatasetMixtureConfig,
     columns: Sequence[str],
 ) -> dict:
-    """The data to train and to evaluate on.
+    """Load the training and evaluation data.
 
-    `--dataset_name` is a file, a pattern of files, a folder or a hub id; a file and a pattern are the split `train`.
-    `--dataset_test_split` and `--dataset_train_split` may name a file, a pattern or a folder of their own.
+    `--dataset_name` is a file, a glob pattern, a folder or a Hub id. A file or a pattern becomes the split `train`.
+    `--dataset_train_split` and `--dataset_test_split` may also be a file, a pattern or a folder.
 
     Args:
-        script ([`~trl.ScriptArguments`]): name, configuration and splits of the data.
-        args ([`~trl.SFTConfig`]): tells whether the run evaluates.
-        mixture ([`~trl.DatasetMixtureConfig`]): several datasets, which are taken instead of the one of `script`.
-        columns (`Sequence[str]`): one of these must be there.
+        script ([`~trl.ScriptArguments`]): name, configuration and splits of the dataset.
+        args ([`~trl.SFTConfig`]): training arguments; `eval_strategy` decides whether `test` is loaded.
+        mixture ([`~trl.DatasetMixtureConfig`]): several datasets, used instead of the one in `script`.
+        columns (`Sequence[str]`): columns of which each split must have at least one.
 
     Returns:
         `dict[str, datasets.Dataset | datasets.IterableDataset]`: `train`, and `test` if the run evaluates.
 
     Raises:
-        ValueError: if data, a split or a column is missing; the message names what there is.
+        ValueError: if data, a split or a column does not exist; the message lists the alternatives.
     """
     wanted = {"train": script.dataset_train_split}
     if args.eval_strategy != "no":
@@ -75,24 +75,24 @@ def load_training_data(
     streaming = script.dataset_streaming
     if mixture.datasets:
         place = "datasets"
-        splits = dict(get_dataset(_with_loaders(mixture)))
+        splits = dict(get_dataset(_resolve_paths(mixture)))
     else:
         place = script.dataset_name
-        splits = _told(place, lambda: open_splits(place, config=script.dataset_config, streaming=streaming))
+        splits = _load_from(place, lambda: open_splits(place, config=script.dataset_config, streaming=streaming))
     found = {}
     for role, split in wanted.items():
         if split in splits:
             one = splits[split]
         elif _is_path(split):
             preferred = (role, "validation", "train")
-            one = _told(split, functools.partial(open_split, split, streaming=streaming, preferred=preferred))
+            one = _load_from(split, functools.partial(open_split, split, streaming=streaming, preferred=preferred))
         else:
             flag = f"--dataset_{role}_split"
             raise ValueError(
-                f"The training data {place!r} has no split {split!r}, only {', '.join(map(repr, splits))}. Choose one "
-                f"with {flag}, or give it a file of its own: {flag} FILE."
+                f"The training data {place!r} has no split {split!r}, only {', '.join(map(repr, splits))}. Set {flag} "
+                f"to one of these splits, or to a file: {flag} FILE."
             )
-        if one.column_names is not None and not set(columns) & set(one.column_names):  # a stream may not know them
+        if one.column_names is not None and not set(columns) & set(one.column_names):  # None: unknown for some streams
             raise ValueError(
                 f"The split {split!r} of {place!r} has no column {' or '.join(map(repr, columns))}, only "
                 f"{', '.join(map(repr, one.column_names))}. Choose with --dataset_text_field."
@@ -102,28 +102,29 @@ def load_training_data(
 
 
 def _is_path(split: str) -> bool:
-    """Whether the name of a split is that of data on disk; a folder `test` may be there by chance."""
+    """Whether a split is a path. A folder needs a separator, because a folder `test` may exist by chance."""
     return bool(data_files(split)) or (os.sep in split and os.path.isdir(split))
 
 
-def _told(place: str, load: Callable):
-    """What `load` returns; its errors name the place."""
+def _load_from(place: str, load: Callable):
+    """Call `load`; its ValueErrors get the place as prefix."""
     try:
         return load()
     except ValueError as error:
         raise ValueError(f"Training data {place!r}: {error}") from error
 
 
-def _with_loaders(mixture: DatasetMixtureConfig) -> DatasetMixtureConfig:
-    """The mixture with the loader and the files of `datasets` in place of paths, patterns and saved folders."""
+def _resolve_paths(mixture: DatasetMixtureConfig) -> DatasetMixtureConfig:
+    """Replace paths, patterns and saved folders in a mixture by loaders of `datasets` and their files."""
     return dataclasses.replace(
-        mixture, datasets=[_told(one.path, lambda one=one: _with_loader(one)) for one in mixture.datasets]
+        mixture,
+        datasets=[_load_from(one.path, lambda one=one: _resolve_path(one)) for one in mixture.datasets],
     )
 
 
-def _with_loader(one: DatasetConfig) -> DatasetConfig:
+def _resolve_path(one: DatasetConfig) -> DatasetConfig:
     if is_saved(one.path):
-        # Its tables as they are: `load_dataset`, which TRL calls, does not read such folders itself.
+        # TRL calls `load_dataset`, which cannot load folders of `save_to_disk`, but can load their Arrow files.
         files = [table["filename"] for table in open_split(one.path, one.split).cache_files]
         return dataclasses.replace(one, path="arrow", data_files=files, split="train")
     if one.data_files is None and (files := data_files(one.path)):

@@ -60,8 +60,8 @@ def test_who_raises_what_decides(capsys, module, body, mistake):
 def test_where_a_script_of_the_users_own_runs_only_errors_of_hf_sam_are_reported(capsys):
     for module, mistake in (("hf_sam.arguments", True), ("transformers.training_args", False), ("users_own", False)):
         program = function_of(module, "raise ValueError('wrong')")
-        assert (error_line(capsys, program, hosts=False) is not None) == mistake
-    assert error_line(capsys, function_of("users_own", "open('/nowhere/at/all')"), hosts=False) is None
+        assert (error_line(capsys, program, library_errors=False) is not None) == mistake
+    assert error_line(capsys, function_of("users_own", "open('/nowhere/at/all')"), library_errors=False) is None
 
 
 def test_errors_of_measures_and_of_many_lines_are_reported_in_one(capsys):
