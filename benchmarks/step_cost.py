@@ -1,9 +1,10 @@
-"""What a SAM step costs against the host's own step: time, and on an accelerator peak memory, as ratios.
+"""Time and peak memory of a SAM step, relative to a step of `Trainer`.
 
     python benchmarks/step_cost.py
 
-All variants train the same OLMo-2 on the same random tokens in one process, in turns, so that a machine that changes
-its speed changes it for all of them. Figures are medians over the rounds, divided by that of `Trainer`.
+All variants train the same OLMo-2 model on the same random tokens in one process. They take turns, so that changes in
+the speed of the machine affect all of them. Results are medians over the rounds, divided by the median of `Trainer`.
+Memory is measured only on an accelerator.
 """
 
 import os
@@ -34,18 +35,18 @@ VARIANTS = {
 
 @dataclass
 class BenchmarkArguments:
-    """Size of the benchmark."""
+    """Settings of the benchmark."""
 
-    rounds: int = field(default=7, metadata={"help": "How often each variant takes its turn."})
-    steps: int = field(default=4, metadata={"help": "Timed optimizer steps of a turn; one more warms up."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of the model."})
-    layers: int = field(default=4, metadata={"help": "Depth of the model."})
-    batch_size: int = field(default=4, metadata={"help": "Rows of a micro-batch; a step has 4 micro-batches."})
-    length: int = field(default=128, metadata={"help": "Tokens of a row."})
+    rounds: int = field(default=7, metadata={"help": "Number of turns of each variant."})
+    steps: int = field(default=4, metadata={"help": "Timed optimizer steps per turn, after one warm-up step."})
+    hidden_size: int = field(default=256, metadata={"help": "Hidden size of the model."})
+    layers: int = field(default=4, metadata={"help": "Number of layers of the model."})
+    batch_size: int = field(default=4, metadata={"help": "Rows per micro-batch; a step has 4 micro-batches."})
+    length: int = field(default=128, metadata={"help": "Tokens per row."})
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimizer step, without data loading between them."""
+    """Measures the seconds of each optimizer step, without the time between steps."""
 
     def __init__(self):
         self.seconds = []
@@ -65,14 +66,14 @@ def _synchronize():
 
 
 def turn(model, rows, sam: dict | None, settings: BenchmarkArguments, output_dir: str) -> tuple[float, float]:
-    """Seconds a step and peak bytes of one turn of a variant."""
+    """Run one turn of a variant; returns seconds per step and peak memory in bytes."""
     timer = StepTimer()
     args = SAMTrainingArguments(
         output_dir=output_dir,
         max_steps=settings.steps + 1 + settings.steps % 2,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=4,
-        # An interval makes steps unequal: log and time whole turns, not single steps.
+        # No log inside a turn. With `sam_interval`, steps differ, so only their mean over a turn is meaningful.
         logging_steps=1000,
         save_strategy="no",
         report_to="none",
@@ -115,7 +116,7 @@ def main():
     plain_seconds, plain_peak = statistics.median(seconds["Trainer"]), statistics.median(peaks["Trainer"])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     parameters = sum(param.numel() for param in model.parameters())
-    print(f"{parameters:,} parameters, {device}, torch {torch.__version__}; Trainer: {plain_seconds:.3f} s a step\n")
+    print(f"{parameters:,} parameters, {device}, torch {torch.__version__}; Trainer: {plain_seconds:.3f} s per step\n")
     print("| step | time | peak memory |\n| --- | --- | --- |")
     for name in VARIANTS:
         time_ratio = statistics.median(seconds[name]) / plain_seconds
