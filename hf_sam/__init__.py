@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from .runtime import host_messages as _host_messages  # noqa: F401  (sets its filters before host libraries are imported)
+from .runtime import host_messages as _host_messages  # noqa: F401  (sets its filters before other libraries are imported)
 
 if TYPE_CHECKING:
     from .arguments import SAMArguments, SAMTrainingArguments

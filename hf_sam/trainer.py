@@ -327,8 +327,8 @@ class SAMMixin:
             )
 
     def _check_on_policy(self):
-        hosts = [base for base in type(self).__mro__ if base.__module__.startswith("trl.")]
-        if any(_ON_POLICY_METHODS & vars(base).keys() or base.__name__ in _ON_POLICY_TRAINERS for base in hosts):
+        trl_classes = [base for base in type(self).__mro__ if base.__module__.startswith("trl.")]
+        if any(_ON_POLICY_METHODS & vars(base).keys() or base.__name__ in _ON_POLICY_TRAINERS for base in trl_classes):
             raise ValueError(
                 f"SAM does not support {type(self).__name__}, which generates its training data inside the step: the "
                 "second pass would use different data, and its importance weights would refer to log-probabilities at "

@@ -160,8 +160,8 @@ class _PenaltyMixin:
         name = type(self).__name__
         check_gradients_accessible(self.accelerator, name, optim=str(self.args.optim))
         order = type(self).__mro__
-        behind = SAMMixin in order and order.index(SAMMixin) < order.index(_PenaltyMixin)
-        if behind and getattr(self.args, "sam_ascent_micro_batches", None) is not None:
+        after_sam = SAMMixin in order and order.index(SAMMixin) < order.index(_PenaltyMixin)
+        if after_sam and getattr(self.args, "sam_ascent_micro_batches", None) is not None:
             raise ValueError(
                 f"With sam_ascent_micro_batches, the ascent pass of {name} would use part of the loss but the whole "
                 "penalty. List the penalty before SAM: class MyTrainer(EWCMixin, SAMTrainer)."

@@ -127,7 +127,7 @@ def launch(command: str, flags: Sequence[str], argv: Sequence[str]) -> int:
     if status > 0:
         return status
     if -status != signal.SIGINT:  # launched processes report Ctrl-C themselves; a killed process cannot
-        print(f"hf-sam {command}: a process was ended by {signal.Signals(-status).name}.", file=sys.stderr)
+        print(f"hf-sam {command}: a process was terminated by {signal.Signals(-status).name}.", file=sys.stderr)
     return 128 - status  # convention of shells
 
 

@@ -56,9 +56,9 @@ class TextSource:
     def _check(self, dataset) -> None:
         first = next(iter(dataset), None)
         if first is None:
-            raise ValueError("there are no documents in it.")
+            raise ValueError("it contains no documents.")
         if self.column not in first:
-            raise ValueError(f"it has no column {self.column!r}, but {', '.join(map(repr, first))}.")
+            raise ValueError(f"it has no column {self.column!r}, only {', '.join(map(repr, first))}. Set text_column.")
         check_text(first[self.column], self.column, "the first document")
 
     def most_tokens(self) -> int | None:

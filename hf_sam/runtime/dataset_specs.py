@@ -46,7 +46,7 @@ def open_split(
     for choice in [split] if split else [*preferred, *splits]:
         if choice in splits:
             return splits[choice]
-    raise ValueError(f"it has no split {split!r}, but {', '.join(splits)}.")
+    raise ValueError(f"it has no split {split!r}, only {', '.join(splits)}.")
 
 
 def open_splits(place: str, *, config: str | None = None, streaming: bool = False) -> dict:
@@ -82,7 +82,7 @@ def open_splits(place: str, *, config: str | None = None, streaming: bool = Fals
         else:
             splits = datasets.load_dataset(path, config, streaming=streaming, **options)
     except Exception as error:  # `datasets` raises a dozen different types
-        where = "" if is_local(place) else "there is no such file or folder here, and the hub gave "
+        where = "" if is_local(place) else "there is no such file or folder here, and the Hub returned "
         raise ValueError(f"it cannot be loaded: {where}{type(error).__name__}: {error}") from error
     return {"train": splits} if isinstance(splits, datasets.Dataset | datasets.IterableDataset) else splits
 
@@ -146,7 +146,7 @@ def loader_of(files: list[str], place: str) -> tuple[str, dict]:
             raise ValueError("the file is empty." if file == place else f"the file {file} is empty.")
         kinds.add(_KINDS[suffix])
     if len(kinds) > 1:
-        raise ValueError(f"its files are of different kinds: {', '.join(sorted(kinds))}.")
+        raise ValueError(f"its files have different types: {', '.join(sorted(kinds))}.")
     (kind,) = kinds
     options = {"data_files": files}
     if kind == "text":

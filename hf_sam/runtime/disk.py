@@ -47,7 +47,7 @@ def check_writable(folder: str | Path) -> Path:
     except OSError as error:
         reasons = {
             errno.ENOTDIR: f"{path} is a file",
-            errno.ENOENT: f"nothing can be made in {path}",
+            errno.ENOENT: f"nothing can be created in {path}",
             errno.EACCES: f"you may not write to {path}",
             errno.EPERM: f"you may not write to {path}",
             errno.EROFS: f"the file system of {path} is read-only",
@@ -56,7 +56,8 @@ def check_writable(folder: str | Path) -> Path:
         }
         reason = reasons.get(error.errno, f"{path}: {error.strerror}")
         raise type(error)(
-            f"The folder {str(folder)!r} cannot be written to: {reason}. Choose another output folder, or free it."
+            f"The folder {str(folder)!r} cannot be written to: {reason}. Choose another output folder, or make it "
+            "writable."
         ) from error
 
 

@@ -33,7 +33,7 @@ def join_processes() -> None:
     """Set up the process group of the launched processes; without a launcher there is one process.
 
     Raises:
-        RuntimeError: if the launcher started several processes that did not find each other.
+        RuntimeError: if not all launched processes joined the group.
     """
     launched = launched_world_size()
     if launched > 1 and not torch.accelerator.is_available():

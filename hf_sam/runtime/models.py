@@ -235,17 +235,17 @@ def _hub_errors(place: str, repo: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except RevisionNotFoundError as error:
-        raise ValueError(f"The model {repo!r} has no revision {revision!r} on the hub.") from error
+        raise ValueError(f"The model {repo!r} has no revision {revision!r} on the Hub.") from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"There is no folder {place!r}, and no model {repo!r} on the hub that you may read."
+            f"There is no folder {place!r}, and no model {repo!r} on the Hub that you may read."
         ) from error
     except HFValidationError as error:
         raise ValueError(f"There is no folder {place!r}, and it is not a Hub id: {error}") from error
     except LocalEntryNotFoundError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
-            f"There is no folder {place!r}, and the model {repo!r}{at} is not in the local cache; the hub cannot be "
+            f"There is no folder {place!r}, and the model {repo!r}{at} is not in the local cache; the Hub cannot be "
             "reached, or HF_HUB_OFFLINE is set."
         ) from error
 

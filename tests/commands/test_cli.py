@@ -168,7 +168,7 @@ def test_what_a_run_needs_is_reported_before_it_is_loaded(files, tmp_path, capsy
     weights.write_bytes(weights.read_bytes()[:-100])
     for change, message in (
         ({"model_name_or_path": "/nowhere"}, "There is no folder '/nowhere'"),
-        ({"model_name_or_path": "org/nowhere"}, "'org/nowhere' is not in the local cache; the hub cannot be reached"),
+        ({"model_name_or_path": "org/nowhere"}, "'org/nowhere' is not in the local cache; the Hub cannot be reached"),
         ({"model_name_or_path": tmp_path / "empty"}, "neither config.json nor adapter_config.json"),
         ({"model_name_or_path": model}, "truncated/model.safetensors' is damaged"),
         ({"dataset_name": "org/nowhere"}, "Training data 'org/nowhere': it cannot be loaded: there is no such file"),

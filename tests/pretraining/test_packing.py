@@ -171,12 +171,12 @@ def test_wrong_weights_are_reported(weights, message):
 
 def test_missing_columns_and_what_is_no_text_are_reported(tmp_path):
     pattern = write_documents(tmp_path / "data")
-    with pytest.raises(ValueError, match=r"no column 'body', but 'text'"):
+    with pytest.raises(ValueError, match=r"no column 'body', only 'text'"):
         tokenized(TextSource(pattern, column="body"), tokenizer())
     (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"text": null}\n')
     with pytest.raises(ValueError, match="holds NoneType instead of text in the column 'text'"):
         tokenized(TextSource(str(tmp_path / "bad.jsonl")), tokenizer())
     with pytest.raises(ValueError, match=r"Training data '.*none.jsonl'.*cannot be loaded"):
         TextSource(str(tmp_path / "none.jsonl")).open(streaming=True)
-    with pytest.raises(ValueError, match="no split 'nope', but train"):
+    with pytest.raises(ValueError, match="no split 'nope', only train"):
         TextSource(pattern, split="nope").open(streaming=True)

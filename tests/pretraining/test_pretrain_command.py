@@ -285,7 +285,7 @@ def test_a_checkpoint_that_cannot_be_annealed_from_is_refused(launch, config, fi
             "12,709 tokens, but .* takes 10,000,000 of it: 786.2 passes",
         ),
         (["--global_batch_size", "3"], "not a multiple of per_device_train_batch_size=2 on 1 device"),
-        (["--text_column", "body"], "no column 'body', but 'text'"),
+        (["--text_column", "body"], "no column 'body', only 'text'"),
         (["--datasets", "nothing.jsonl"], "Training data 'nothing.jsonl'"),
         (["--dataset_weights", "1", "2"], "2 dataset_weights for 1 datasets"),
         (

@@ -36,7 +36,7 @@ def test_saved_datasets_and_splits(tmp_path, streaming):
     assert len(list(open_split(str(tmp_path / "one"), streaming=streaming))) == 2
     assert len(list(open_split(str(tmp_path / "two"), streaming=streaming))) == 1
     assert len(list(open_split(str(tmp_path / "two"), streaming=streaming, preferred=("train",)))) == 2
-    with pytest.raises(ValueError, match="no split 'dev', but train, test"):
+    with pytest.raises(ValueError, match="no split 'dev', only train, test"):
         open_split(str(tmp_path / "two"), "dev", streaming=streaming)
 
 
@@ -75,7 +75,7 @@ def test_names_and_files(tmp_path):
     [
         ({"a.jsonl": ""}, "a.jsonl", "the file is empty"),
         ({"a.jsonl": "", "b.jsonl": lines()}, "*.jsonl", "a.jsonl is empty"),
-        ({"a.jsonl": lines(), "b.txt": "x"}, "*", "of different kinds: json, text"),
+        ({"a.jsonl": lines(), "b.txt": "x"}, "*", "have different types: json, text"),
         ({"a.bin": "x"}, "a.bin", "files end in one of .jsonl"),
         ({}, "none.jsonl", "it cannot be loaded"),
     ],

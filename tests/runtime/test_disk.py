@@ -25,7 +25,7 @@ def message_of(kind, folder) -> str:
     message = str(caught.value)
     assert repr(str(folder)) in message
     assert "No disk space" not in message
-    assert message.endswith("Choose another output folder, or free it.")
+    assert message.endswith("Choose another output folder, or make it writable.")
     return message
 
 
@@ -34,7 +34,7 @@ def test_a_file_in_the_way(tmp_path):
     assert f"{tmp_path / 'file'} is a file" in message_of(NotADirectoryError, tmp_path / "file")
     assert f"{tmp_path / 'file'} is a file" in message_of(NotADirectoryError, tmp_path / "file" / "a" / "b")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    assert "nothing can be made in" in message_of(FileNotFoundError, tmp_path / "link" / "a")
+    assert "nothing can be created in" in message_of(FileNotFoundError, tmp_path / "link" / "a")
 
 
 def test_without_permission(tmp_path):

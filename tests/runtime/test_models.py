@@ -128,7 +128,7 @@ def test_hub_ids_are_downloaded_at_their_revision(hub):
 def test_what_the_hub_does_not_have_is_reported(hub):
     with pytest.raises(ValueError, match="'org/model' has no revision 'step2'"):
         find_model("org/model@step2")
-    with pytest.raises(ValueError, match="no model 'org/other' on the hub"):
+    with pytest.raises(ValueError, match="no model 'org/other' on the Hub"):
         find_model("org/other")
     assert hub.asked == []
 
@@ -165,7 +165,7 @@ def test_held_out_splits_come_first(shelf):
     ("spec", "options", "message"),
     [
         ("old.jsonl", {"column": "body"}, "old.jsonl.*no column 'body'.*'text'"),
-        ("splits", {"split": "dev"}, "no split 'dev', but .*train"),
+        ("splits", {"split": "dev"}, "no split 'dev', only .*train"),
         ("base", {}, "cannot be loaded"),
         ("gone.jsonl", {}, "gone.jsonl.*cannot be loaded"),
         ("broken.jsonl", {}, "cannot be loaded"),

@@ -24,7 +24,9 @@ def register(variant: type[Variant]) -> type[Variant]:
     if variant.passes != 2:
         raise ValueError(f"{variant.__qualname__} has passes={variant.passes}, but a step runs 2: ascent and descent.")
     if VARIANTS.get(variant.name, variant) is not variant:
-        raise ValueError(f"There is already a variant {variant.name!r}: {VARIANTS[variant.name].__qualname__}.")
+        raise ValueError(
+            f"There is already a variant {variant.name!r}: {VARIANTS[variant.name].__qualname__}. Choose another name."
+        )
     VARIANTS[variant.name] = variant
     return variant
 
