@@ -65,13 +65,15 @@ def _changed_measures(before: dict, now: dict) -> list[str]:
     found, decisive = [], ["dtype"]
     for flag in ("quantize", "wise_ft", "benchmarks", *groups()):
         found += [f"--{flag} {value} is left out" for value in old.get(flag, []) if value not in new[flag]]
+    # Of instruments that are not registered now.
+    found += [f"--{flag} {value} is left out" for flag in old.keys() - new.keys() for value in _list(old[flag])]
     for instrument in INSTRUMENTS.values():
-        if instrument.is_selected(SimpleNamespace(**_with_all_groups(old))):
+        if instrument.is_selected(SimpleNamespace(**_with_all_instruments(old))):
             # Which tasks were run is in the lists above.
             decisive += [name for name in instrument.setting_names if name != "benchmarks"]
     for name in dict.fromkeys(decisive):
-        if old[name] != new[name]:
-            found.append(f"it has --{name} {old[name]}, not {new[name]}")
+        if old.get(name) != new[name]:
+            found.append(f"it has --{name} {old.get(name)}, not {new[name]}")
     triples = [[model["name"] for model in record["models"][1:3]] for record in (before, now)]
     measured = [i.name for i in INSTRUMENTS.values() if i.subject == "triple" and i.name in old.get(i.group, [])]
     if measured and triples[0] != triples[1]:
@@ -79,6 +81,11 @@ def _changed_measures(before: dict, now: dict) -> list[str]:
     return found
 
 
-def _with_all_groups(settings: dict) -> dict:
-    """The settings of a record, with empty groups for instruments that were registered after it was written."""
-    return {**{name: [] for name in groups()}, **settings}
+def _list(value) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _with_all_instruments(settings: dict) -> dict:
+    """Settings of a record, completed by defaults where an instrument was registered later."""
+    defaults = {setting.name: setting.default for one in INSTRUMENTS.values() for setting in one.settings}
+    return {**defaults, **{name: [] for name in groups()}, **settings}

@@ -91,7 +91,7 @@ class Evaluation:
             source.check_length(settings.max_length)
             if source.base is not None and not all(map(is_rounding, settings.quantize)):
                 source.check_space(self.models.dtype)
-        whole = [f"--{i.group} {i.name}" for i in self.instruments if i.whole]
+        whole = [i.flag for i in self.instruments if i.whole]
         if whole and settings.device == "auto" and torch.accelerator.device_count() > 1:
             raise ValueError(
                 f"--device auto spreads a model over several devices, which {', '.join(whole)} cannot measure. Leave "
@@ -106,7 +106,7 @@ class Evaluation:
         require("matplotlib", "The report of an evaluation")
         for instrument in self.instruments:
             for package in instrument.packages:
-                require(package, f"--{instrument.group} {instrument.name}")
+                require(package, instrument.flag)
         if not all(map(is_rounding, self.settings.quantize)):
             require("bitsandbytes", "--quantize")
 

@@ -1,6 +1,7 @@
 # ruff: noqa: RUF009  (_flag makes a dataclass field)
 """What an evaluation is asked to do: the flags of `hf-sam evaluate`."""
 
+import argparse
 import dataclasses
 from dataclasses import dataclass, field
 
@@ -11,8 +12,8 @@ from ..instruments.registry import groups
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _flag(default, text: str):
-    metadata = {"help": text}
+def _flag(default, text: str, **metadata):
+    metadata = {"help": text, **metadata}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -94,13 +95,15 @@ class EvaluationArguments:
         chosen = getattr(self, name)
         if isinstance(chosen, bool):
             chosen = known if chosen else []
-            setattr(self, name, chosen)
+        elif isinstance(chosen, str):  # one name in a config file
+            chosen = [chosen]
+        setattr(self, name, chosen)
         for value in chosen:
             if value not in known:
                 raise ValueError(f"--{name} {value} is none of {', '.join(known)}.")
 
     def _check_instrument(self, instrument: Instrument):
-        flag = f"--{instrument.group} {instrument.name}"
+        flag = instrument.flag
         if instrument.fp32 and self.dtype != "float32":
             raise ValueError(f"{flag} needs --dtype float32: 16-bit weights round away what it adds to them.")
         needed = {"pair": 1, "triple": 2}.get(instrument.subject, 0)
@@ -118,16 +121,34 @@ class EvaluationArguments:
         return dataclasses.asdict(self)
 
 
+class _SelectInstruments(argparse.Action):
+    """Takes names of instruments; without any, the flag selects all of its group."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "nargs": "*"})
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values or True)
+
+
 def arguments_class() -> type[EvaluationArguments]:
-    """[`EvaluationArguments`] with the fields of all registered instruments, e.g. for a parser of flags."""
+    """[`EvaluationArguments`] with the fields of all registered instruments, e.g. for a parser of flags.
+
+    Raises:
+        ValueError: if an instrument adds a flag that exists.
+    """
     fields: list[tuple] = []
     for name, instruments in groups().items():
         text = "; ".join(f"{instrument.name}: {instrument.help}" for instrument in instruments)
-        fields.append((name, list[str], _flag([], f"Instruments of the group {name}. {text}.")))
+        text = f"Instruments of the group {name}, all of them if none is named. {text}."
+        fields.append((name, list[str], _flag([], text, action=_SelectInstruments)))
     for instrument in INSTRUMENTS.values():
         for setting in instrument.settings:
             kind = list[str] if isinstance(setting.default, list) else type(setting.default)
             fields.append((setting.name, kind, _flag(setting.default, setting.help)))
+    names = [one.name for one in dataclasses.fields(EvaluationArguments)] + [name for name, *_ in fields]
+    if taken := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"Two flags of instruments or of the command are named --{taken[0]}; rename the newer one.")
     return dataclasses.make_dataclass(
         "EvaluationArguments", fields, bases=(EvaluationArguments,), namespace={"__doc__": EvaluationArguments.__doc__}
     )

@@ -129,6 +129,11 @@ class Instrument:
     check: Callable[[Any], None] = lambda settings: None
     fetch: Callable[[Any], None] = lambda settings: None
 
+    @property
+    def flag(self) -> str:
+        """How messages name it: the flag that selects it."""
+        return f"--{self.group} {self.name}" if self.group else f"--{self.name}"
+
     def is_selected(self, settings) -> bool:
         """Whether an evaluation with these settings measures it."""
         if self.selected is not None:
@@ -152,8 +157,10 @@ def register(instrument: Instrument) -> Instrument:
     """Make an instrument known by its name; returns it.
 
     Raises:
-        ValueError: if another instrument has that name.
+        ValueError: if another instrument has that name, or nothing can select this one.
     """
+    if instrument.group is None and instrument.selected is None:
+        raise ValueError(f"The instrument {instrument.name!r} needs a group, or a function `selected`.")
     if INSTRUMENTS.get(instrument.name, instrument) is not instrument:
         raise ValueError(f"There is already an instrument {instrument.name!r}.")
     INSTRUMENTS[instrument.name] = instrument

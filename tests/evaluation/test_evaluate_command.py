@@ -33,8 +33,7 @@ def command(shelf, output, *extra, tuned=("tuned1", "tuned2", "tuned3")):
 
 EVERYTHING = (
     *("--quantize", "nf4", "rtn3", "--wise_ft", "0.5", "--sharpness", "kl", "noise", "sam", "hessian"),
-    *("--landscape", "line", "plane", "random", "--similarity", "hidden_states", "weights"),
-    *("--sharpness_documents", "6"),
+    *("--landscape", "line", "plane", "random", "--similarity", "--sharpness_documents", "6"),
 )
 
 

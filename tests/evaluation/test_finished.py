@@ -137,6 +137,14 @@ def test_a_record_of_something_else_is_not_replaced(shelf, folder):
     assert len(measured(folder)) == 8
 
 
+def test_results_of_an_instrument_that_is_not_registered_are_not_dropped(shelf, folder):
+    record = json.loads((folder / "results.json").read_text())
+    record["settings"] |= {"extremes": ["largest"], "weight_power": 2.0}
+    (folder / "results.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"holds another evaluation \(--extremes largest is left out\)"):
+        evaluate(arguments(shelf, folder))
+
+
 def save(model, folder):
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -1,5 +1,7 @@
 """A new instrument is one registration: its flag, results, tables, plots and callback follow."""
 
+import dataclasses
+import json
 import re
 
 import pytest
@@ -8,6 +10,7 @@ import toy
 from toy_evaluation import held_out
 
 from hf_sam import SAMTrainer, commands
+from hf_sam.commands.evaluate import make_parser
 from hf_sam.evaluation import EvaluationArguments, Results
 from hf_sam.instruments import INSTRUMENTS, Column, Instrument, Plot, Setting, SharpnessCallback, register
 from hf_sam.runtime.figure import figure
@@ -93,7 +96,30 @@ def test_without_it_there_is_no_such_flag(shelf):
 
 def test_names_are_taken_once(made_up):
     with pytest.raises(ValueError, match="already an instrument 'largest'"):
-        register(Instrument(name="largest", help="", measure=largest_weight))
+        register(Instrument(name="largest", group="extremes", help="", measure=largest_weight))
+
+
+def test_an_instrument_that_nothing_selects_is_refused():
+    with pytest.raises(ValueError, match="'lonely' needs a group"):
+        register(Instrument(name="lonely", help="", measure=largest_weight))
+
+
+@pytest.mark.parametrize("name", ["seed", "weight_power", "extremes"])
+def test_flags_are_taken_once(made_up, name):
+    register(dataclasses.replace(made_up, name="other", settings=(Setting(name, 1, ""),)))
+    with pytest.raises(ValueError, match=f"named --{name}"):
+        EvaluationArguments(base="x", data=["y"])
+
+
+@pytest.mark.parametrize("value", [True, "largest", ["largest"]])
+def test_a_group_without_names_selects_all_of_it(made_up, tmp_path, value):
+    """On the command line, in a config file and in Python."""
+    assert EvaluationArguments(base="x", data=["y"], extremes=value).extremes == ["largest"]
+    (tmp_path / "config.yaml").write_text(json.dumps({"base": "x", "data": "y", "extremes": value}))
+    names = [] if value is True else ["largest"]
+    for argv in (["--base", "x", "--data", "y", "--extremes", *names], ["--config", str(tmp_path / "config.yaml")]):
+        (settings,) = make_parser().parse(argv)
+        assert settings.extremes == ["largest"]
 
 
 def test_every_shipped_instrument_says_what_it_needs():
