@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -190,7 +191,9 @@ def test_ctrl_c_and_the_errors_of_a_script(tmp_path, capsys, monkeypatch):
     """A script of one's own fails as under Python; only what hf-sam has to say about it is told in a line."""
     script = tmp_path / "script.py"
     script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     assert main(["run", str(script)]) == 130
+    signal.signal(signal.SIGINT, handler)
     assert "interrupted" in one_line(capsys, "hf-sam run")
     script.write_text("raise ValueError('of the script')\n")
     with pytest.raises(ValueError, match="of the script"):
