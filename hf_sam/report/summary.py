@@ -132,11 +132,18 @@ def _add_quantized(document: Document, summary: dict) -> None:
         for name, run in summary["runs"].items():
             found = run["quantized"][scheme]
             interval = "" if found["damage"] is None else " [{:.4f}, {:.4f}]".format(*found["interval"])
-            reduction = "reference" if name == summary["reference"] else _percent(found["reduction"])
+            reduction = "reference" if name == summary["reference"] else _reduction(found, summary, scheme)
             cells = [_number(run["base loss"]), _number(found["damage"]) + interval, reduction, _number(found["loss"])]
             rows.append([name, *cells])
         document.heading(f"Quantized to {scheme}")
         document.table(["run", "base loss", "damage [95%]", "reduction", "loss where it ended"], rows)
+
+
+def _reduction(found: dict, summary: dict, scheme: str) -> str:
+    lost = summary["runs"][summary["reference"]]["quantized"][scheme]["damage"]
+    if found["damage"] is not None and lost is not None and lost <= 0:
+        return "reference lost nothing"
+    return MISSING if found["reduction"] is None else f"{found['reduction']:.0f}%"
 
 
 def _add_fine_tuned(document: Document, summary: dict) -> None:
@@ -187,7 +194,3 @@ def _add_benchmark_means(document: Document, summary: dict) -> None:
 
 def _number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.4f}"
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.0f}%"

@@ -56,3 +56,10 @@ def test_sweeps_without_a_task_loss_in_common_are_not_compared():
     summary = summarize([one, other])
     assert "share no task loss" in summary["runs"]["other"]["fine-tuned"]["missing"]
     assert "`other` against `one` at equal task loss: missing" in summary_document(summary).markdown()
+
+
+def test_a_reference_that_few_bits_cost_nothing_is_no_measure():
+    runs = [results("lucky", 3.0, 2.99, {}), results("other", 3.0, 3.1, {})]
+    summary = summarize(runs)
+    assert summary["runs"]["other"]["quantized"]["nf4"]["reduction"] is None
+    assert "| reference lost nothing |" in summary_document(summary).markdown()
