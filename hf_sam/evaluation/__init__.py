@@ -1,7 +1,7 @@
 """`hf-sam evaluate` from beginning to end.
 
 - [`EvaluationArguments`]: what to measure
-- [`evaluate`]: measures it part by part, goes on where it was interrupted, and returns the record
+- [`evaluate`]: measures part by part, resumes an interrupted evaluation, and returns the record
 - [`Results`]: reads a record
 """
 

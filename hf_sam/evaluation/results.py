@@ -37,9 +37,7 @@ class Results:
         """
         path = Path(folder) / "results.json"
         if not path.is_file():
-            raise ValueError(
-                f"There is no {str(path)!r}: `hf-sam evaluate --output {folder}` writes it when it is through."
-            )
+            raise ValueError(f"There is no {str(path)!r}: `hf-sam evaluate --output {folder}` writes it at its end.")
         try:
             return cls(json.loads(path.read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError) as error:

@@ -32,14 +32,14 @@ def batches_of(data, batch_size: int) -> Iterable[Batch]:
         if type(data).__module__.startswith("accelerate."):
             raise ValueError(
                 "A dataloader prepared by accelerate repeats rows where they do not divide evenly, which would count "
-                "them twice. Pass the dataloader itself: the measures share its batches out over the processes."
+                "them twice. Pass the dataloader itself: the instruments shard its batches over the processes."
             )
         stream = isinstance(data.dataset, torch.utils.data.IterableDataset)
         if not stream and type(data.sampler) is not torch.utils.data.SequentialSampler:
             raise ValueError(
                 f"A dataloader with a {type(data.sampler).__name__} has its documents in another order each time, or "
-                "only a part of them, so that they cannot be compared or shared out over processes. Pass one with "
-                "shuffle=False and no sampler: the measures share its batches out themselves."
+                "only a part of them, so that they cannot be compared or sharded over processes. Pass one with "
+                "shuffle=False and no sampler: the instruments shard its batches themselves."
             )
         return _LoaderBatches(data)
     return HeldOutData(data).batches(batch_size)

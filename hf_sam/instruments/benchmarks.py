@@ -79,8 +79,8 @@ def run_benchmarks(
 ) -> dict[str, BenchmarkResult]:
     """Run tasks of lm-evaluation-harness on a model in memory, also a quantized one.
 
-    Under several processes each runs all of it, since the harness shares out only models that it loads itself, and all
-    get the results of the first.
+    With several processes, each runs all tasks, because the harness distributes only models that it loads itself; all
+    return the results of rank 0.
 
     Args:
         model (`torch.nn.Module`): a causal language model.

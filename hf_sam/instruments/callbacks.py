@@ -53,7 +53,7 @@ class ForgettingCallback(_MeasuringCallback):
 
     Logged, in nats per token: `forgetting/before` when training begins, `forgetting/held_out_loss` and
     `forgetting/forgetting` at each evaluation and at the end; with several datasets, behind `forgetting/<name>/`. A
-    resumed run goes on comparing with what the first one logged.
+    resumed run compares with the value that the first run logged.
 
     Args:
         trainer (`transformers.Trainer`): the trainer that the callback is added to.

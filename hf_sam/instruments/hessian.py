@@ -63,7 +63,7 @@ class Hessian:
 
     Args:
         model (`torch.nn.Module`): a causal language model with fp32 or fp64 weights, whole on each process.
-        data: what to measure on; see [`~hf_sam.evaluation.held_out_loss`].
+        data: what to measure on; see [`held_out_loss`].
         batch_size (`int`, defaults to 8): rows a batch.
         parameters (`str`, *optional*): regular expression of the weights to differentiate by. When omitted, those
             that are trainable: all of a plain model, the adapters of a PEFT model.

@@ -86,7 +86,7 @@ def noise_sensitivity(
         seed (`int`, defaults to 0): seed of the noise, and of the fresh model.
 
     Raises:
-        ValueError: if the scales cannot be had, or the weights cannot take the noise.
+        ValueError: if the scales are unknown, or the weights are too coarse to hold the noise.
     """
     if samples < 1 or not strengths or not all(0 < strength < math.inf for strength in strengths):
         raise ValueError(f"strengths={tuple(strengths)} must be positive numbers, and samples={samples} at least 1.")

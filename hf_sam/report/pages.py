@@ -41,7 +41,7 @@ def setup(document: Document, results: Results) -> None:
     command = " ".join(environment.pop("command"))
     document.text(f"{results.record['created']}, by `{command}`.")
     document.table(
-        ["model", "named as", "weights (hash)"],
+        ["model", "source", "weights (hash)"],
         [[m["name"], m["spec"], m["fingerprint"]] for m in results.record["models"]],
     )
     document.table(
