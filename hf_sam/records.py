@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 
-from .step.replay import Snapshot, World, reach, reach_class
+from .step.replay import LoopState, Snapshot, reach, reach_class
 from .step.replay.kinds import IMMUTABLE_TYPES, attributes
 from .step.replay.modules import add_module
 from .step.replay.tensors import TensorContents
@@ -32,11 +32,11 @@ _HOST_ATTRIBUTES = frozenset(
 )
 
 
-class TrainerWorld(World):
-    """The [`World`] of a trainer, which includes the objects in its attributes, and its records.
+class TrainerLoopState(LoopState):
+    """The [`LoopState`] of a trainer, which includes the objects in its attributes, and its records.
 
     Args:
-        model (`torch.nn.Module`): see [`World`].
+        model (`torch.nn.Module`): see [`LoopState`].
         trainer (`transformers.Trainer`): the trainer whose `compute_loss` runs in both passes.
         recorded (`tuple[str, ...]`): names of the attributes of the trainer that are records.
         known (`frozenset[str]`): names in `recorded` that the trainer need not have.

@@ -14,7 +14,7 @@ from .arguments import SAMArguments
 from .configs import add_sam_fields
 from .history import SAMHistory
 from .model_card import describe_in_model_card
-from .records import TrainerWorld, discard_appended, reachable_from_trainer
+from .records import TrainerLoopState, discard_appended, reachable_from_trainer
 from .schedule import SAMWindow, annealing_kwargs, extra_passes
 from .step.backends import check_supported, has_own_scheduler
 from .step.parameters import check_perturbable, keep_adapters_in_fp32, select_names, trainable_parameters
@@ -210,8 +210,8 @@ class SAMMixin:
                 exclude_modules=self.args.sam_exclude_modules,
                 seed=self.args.seed,
                 perturbed_context=self.sam_perturbed_context,
-                world=functools.partial(
-                    TrainerWorld,
+                loop_state=functools.partial(
+                    TrainerLoopState,
                     trainer=self,
                     recorded=self.sam_recorded,
                     known=frozenset(SAMMixin.sam_recorded),

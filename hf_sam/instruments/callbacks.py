@@ -138,5 +138,5 @@ class SharpnessCallback(_MeasuringCallback):
             instrument = INSTRUMENTS[name]
             settings = {"batch_size": self.batch_size, **self.options.get(name, {})}
             found = instrument.scalars(instrument.measure(self.model, self.data, **settings))
-            values.update({f"sharpness/{key}": value for key, value in found.items()})
+            values.update({f"{instrument.group}/{key}": value for key, value in found.items()})
         return values

@@ -116,7 +116,7 @@ def _perturb_fp32(fragments, variant, scale, finite):
     for device in {fragment.weight.device for fragment in fragments}:
         here = [fragment for fragment in fragments if fragment.weight.device == device]
         pieces = [Piece(fragment.name, fragment.master, fragment.grad, fragment.pairs) for fragment in here]
-        variant.turn(pieces)
+        variant.to_direction(pieces)
         ascent = [piece.gradient for piece in pieces]
         _scale(ascent, scale.to(device), ~finite.to(device))
         torch._foreach_add_([fragment.weight for fragment in here], ascent)
@@ -140,7 +140,7 @@ def _perturb_mixed(fragment, variant, scale, finite, noise, measure):
     generator = noise(fragment) if dither else None
     for weight, master, grad in chunks(fragment.weight, fragment.master, fragment.grad):
         piece = Piece(fragment.name, master, grad, fragment.pairs)
-        variant.turn([piece])
+        variant.to_direction([piece])
         ascent = piece.gradient
         _scale([ascent], scale, blocked)
         target = piece.weight + ascent

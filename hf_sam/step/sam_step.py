@@ -20,7 +20,7 @@ from .counts import ascent_count, check_count
 from .loss_scale import record_scalers
 from .metrics import SAMMetrics
 from .perturbation import Perturbation
-from .replay import KeptInputs, World, WorldState, disable_method
+from .replay import CapturedState, KeptInputs, LoopState, disable_method
 from .variants import DEFAULT, get_variant
 
 
@@ -74,8 +74,8 @@ class SAMStep:
         perturbed_context (`Callable[[bool], AbstractContextManager]`, *optional*): context around each micro-batch at
             the perturbed weights, to control what the forward pass records. The argument is `True` if the same
             micro-batch has been computed at the unperturbed weights.
-        world (`Callable[[torch.nn.Module], World]`, *optional*): creates the object that captures and restores the
-            states that a pass changes.
+        loop_state (`Callable[[torch.nn.Module], LoopState]`, *optional*): creates the object that captures and restores
+            the states that a pass changes.
 
     Attributes:
         optimizers (`list[torch.optim.Optimizer]` or `None`): see `optimizer`; may be changed between steps.
@@ -103,7 +103,7 @@ class SAMStep:
         exclude_modules: list[str] | None = None,
         seed: int = 0,
         perturbed_context: Callable[[bool], contextlib.AbstractContextManager] | None = None,
-        world: Callable[[torch.nn.Module], World] = World,
+        loop_state: Callable[[torch.nn.Module], LoopState] = LoopState,
     ):
         check_types(accelerator, model, optimizer)
         check_count("ascent_micro_batches", ascent_micro_batches, zero_allowed=False)
@@ -115,7 +115,7 @@ class SAMStep:
         self.ascent_micro_batches = ascent_micro_batches
         self._accelerator = accelerator
         self.optimizers = optimizer if optimizer is None or isinstance(optimizer, list | tuple) else [optimizer]
-        self._world = world(model)
+        self._loop_state = loop_state(model)
         self.backend = select_backend(
             accelerator,
             model,
@@ -124,10 +124,10 @@ class SAMStep:
             target=target_modules,
             exclude=exclude_modules,
             outside_parameters=self._trained_outside,
-            outside_modules=lambda: self._world.outside_modules(),
+            outside_modules=lambda: self._loop_state.outside_modules(),
             seed=seed,
         )
-        self._world.bind(self.backend)
+        self._loop_state.bind(self.backend)
         self._metrics = SAMMetrics(accelerator, self.backend.has_low_precision_weights())
         self._perturbed_context = perturbed_context or (lambda replayed: contextlib.nullcontext())
         self.reset()
@@ -153,7 +153,7 @@ class SAMStep:
         training.
         """
         self._window: list[_MicroBatch] = []
-        self._start: WorldState | None = None
+        self._start: CapturedState | None = None
         self._metrics.reset()
 
     def __call__(self, forward_backward: Callable[[Any], torch.Tensor], inputs: Any) -> torch.Tensor:
@@ -216,7 +216,7 @@ class SAMStep:
         self._check_synchronizing()
         with self._rollback_on_error():
             self._begin([])
-            start = self._world.capture()
+            start = self._loop_state.capture()
             with self.backend.ascent_pass(), record_scalers() as self._scalers:
                 yield
             self._check_bystanders()
@@ -240,8 +240,8 @@ class SAMStep:
         if start is None:
             raise RuntimeError("SAMStep.perturbed() needs an ascent gradient: run a backward pass in ascent() before.")
         self._check_synchronizing()
-        self._world.end_ascent()
-        end = self._world.capture()
+        self._loop_state.end_ascent()
+        end = self._loop_state.capture()
         try:
             with self._rollback_on_error():
                 with self.backend.descent_pass():
@@ -302,13 +302,13 @@ class SAMStep:
             if self.optimizers is not None or inside & params.keys():
                 trained.update(params)
         trained = {key: param for key, param in trained.items() if key not in inside and param.requires_grad}
-        names = {id(param): name for name, param in self._world.outside_parameters(inside).items()}
+        names = {id(param): name for name, param in self._loop_state.outside_parameters(inside).items()}
         return {names.get(key, f"optimizer.{i}"): param for i, (key, param) in enumerate(trained.items())}
 
     def _begin(self, functions: list[Callable]) -> None:
-        self._world.begin_step(functions)
+        self._loop_state.begin_step(functions)
         inside = {id(param) for model in self.backend.models for param in model.parameters()}
-        self._bystanders = self._world.outside_parameters(inside)
+        self._bystanders = self._loop_state.outside_parameters(inside)
         self.backend.begin_step(self._bystanders.values())
 
     def _check_bystanders(self) -> None:
@@ -325,17 +325,17 @@ class SAMStep:
             )
 
     def _run(self, window: list[_MicroBatch], k: int) -> torch.Tensor:
-        backend, world = self.backend, self._world
+        backend, loop_state = self.backend, self._loop_state
         self._begin([micro_batch.forward_backward for micro_batch in window])
         states, losses = [], []
         with backend.ascent_pass(), record_scalers() as scalers:
             for i, micro_batch in enumerate(window[:k]):
-                states.append(world.capture())
+                states.append(loop_state.capture())
                 inputs = micro_batch.inputs.for_ascent(last=i == len(window) - 1)
                 losses.append(self._compute(micro_batch, inputs, last=i == k - 1))
         self._check_bystanders()
-        world.end_ascent()
-        end_of_ascent = world.capture()
+        loop_state.end_ascent()
+        end_of_ascent = loop_state.capture()
 
         try:
             with backend.descent_pass(), disable_method(self._accelerator, "log"):
@@ -347,7 +347,7 @@ class SAMStep:
         if k == len(window):
             end_of_ascent.restore()
         backend.restore()
-        world.end_step()
+        loop_state.end_step()
 
         # With k of N micro-batches in the ascent pass, scale to all N.
         scale = len(window) / k

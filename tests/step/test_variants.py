@@ -75,7 +75,7 @@ class SignSAM(Variant):
     def squared_norm(self, piece):
         return piece.gradient.sign().square().sum()
 
-    def turn(self, pieces):
+    def to_direction(self, pieces):
         self.turned += 1
         for piece in pieces:
             piece.gradient.sign_()

@@ -6,17 +6,17 @@ generators of the loop. States that a forward pass advances must advance once pe
 
 from .disabled import disable_method
 from .inputs import KeptInputs
+from .loop_state import CapturedState, LoopState, parameters_reached
 from .random_streams import RandomState
 from .reach import reach, reach_class
 from .snapshot import Snapshot
-from .world import World, WorldState, parameters_reached
 
 __all__ = [
+    "CapturedState",
     "KeptInputs",
+    "LoopState",
     "RandomState",
     "Snapshot",
-    "World",
-    "WorldState",
     "disable_method",
     "parameters_reached",
     "reach",

@@ -15,7 +15,7 @@ class ASAM(Variant):
     def squared_norm(self, piece):
         return torch.linalg.vector_norm(piece.magnitude * piece.gradient).square()
 
-    def turn(self, pieces):
+    def to_direction(self, pieces):
         gradients, magnitudes = [p.gradient for p in pieces], [p.magnitude for p in pieces]
         torch._foreach_mul_(gradients, magnitudes)
         torch._foreach_mul_(gradients, magnitudes)

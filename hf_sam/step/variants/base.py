@@ -22,7 +22,7 @@ class Piece:
         pairs (`bool`): whether the last dimension holds real and imaginary parts of complex weights.
 
     Attributes:
-        gradient (`torch.Tensor`): g; [`Variant.turn`] overwrites it with d.
+        gradient (`torch.Tensor`): g; [`Variant.to_direction`] overwrites it with d.
     """
 
     def __init__(self, name: str, master: torch.Tensor, gradient: torch.Tensor, pairs: bool = False):
@@ -69,7 +69,7 @@ class Variant(abc.ABC):
         """||n||^2 of a piece, shape `()`."""
 
     @abc.abstractmethod
-    def turn(self, pieces: list[Piece]) -> None:
+    def to_direction(self, pieces: list[Piece]) -> None:
         """Replace the gradient of each piece by d, in place and without waiting for the device."""
 
     def state_dict(self) -> dict:

@@ -15,5 +15,5 @@ class SAM(Variant):
     def squared_norm(self, piece):
         return torch.linalg.vector_norm(piece.gradient).square()
 
-    def turn(self, pieces):
+    def to_direction(self, pieces):
         pass  # d = g

@@ -1,7 +1,7 @@
-"""The "world" of a pass: all state besides the trained weights that the pass reads or changes.
+"""The state of a training loop: all that a pass reads or changes, besides the trained weights.
 
-The ascent pass captures the world before each micro-batch and at its end. The descent pass restores the captured state
-for each micro-batch, and finally the state at the end of the ascent pass, which is the state after plain training.
+The ascent pass captures it before each micro-batch and at its end. The descent pass restores the captured state for
+each micro-batch, and finally the state at the end of the ascent pass, which is the state after plain training.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,8 +19,8 @@ from .tensors import TensorContents
 logger = get_logger(__name__)
 
 
-class WorldState:
-    """The captured world at one time."""
+class CapturedState:
+    """The state of a loop at one time."""
 
     def __init__(self, random_state: RandomState, snapshot: Snapshot):
         self._random_state = random_state
@@ -32,7 +32,7 @@ class WorldState:
         self._random_state.restore()
 
 
-class World:
+class LoopState:
     """The state that the passes of a step change: random states, modules, and objects of the training loop.
 
     Modules, tensors and random generators that the function of the loop refers to, or its object holds, are found
@@ -91,7 +91,7 @@ class World:
         """
         return parameters_reached(self._reached, inside)
 
-    def capture(self) -> WorldState:
+    def capture(self) -> CapturedState:
         """Capture the current state."""
         snapshot = Snapshot(self._tensors, add_module)
         self._modules.add_to(snapshot)
@@ -99,7 +99,7 @@ class World:
             if is_generator(value) or (isinstance(value, torch.Tensor) and not value.requires_grad):
                 snapshot.add(value)
         self.add_records(snapshot)
-        return WorldState(RandomState.capture(self._backend.devices), snapshot)
+        return CapturedState(RandomState.capture(self._backend.devices), snapshot)
 
     def add_records(self, snapshot: Snapshot) -> None:
         """Add the records that the loop writes during a pass to the snapshot."""
