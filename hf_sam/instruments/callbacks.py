@@ -91,7 +91,7 @@ class ForgettingCallback(_MeasuringCallback):
 
 
 class SharpnessCallback(_MeasuringCallback):
-    """Logs instruments, e.g. the sharpness of the minimum, before training, at each evaluation and after training.
+    """Logs instruments before training, at each evaluation and after training, as `GROUP/NAME`, e.g. `sharpness/kl`.
 
     Args:
         trainer (`transformers.Trainer`): the trainer that the callback is added to.
@@ -138,5 +138,5 @@ class SharpnessCallback(_MeasuringCallback):
             instrument = INSTRUMENTS[name]
             settings = {"batch_size": self.batch_size, **self.options.get(name, {})}
             found = instrument.scalars(instrument.measure(self.model, self.data, **settings))
-            values.update({f"{instrument.group}/{key}": value for key, value in found.items()})
+            values.update({f"{instrument.group or name}/{key}": value for key, value in found.items()})
         return values
