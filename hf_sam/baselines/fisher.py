@@ -2,7 +2,7 @@
 
     F_i = E[(d log p(y | x) / d w_i)^2]
 
-with one gradient per sequence. The squared gradient of a batch is no substitute: gradients of opposite sign cancel, and
+with one gradient per sequence. The squared gradient of a batch is not the same: gradients of opposite sign cancel, and
 it is smaller by up to the batch size.
 """
 

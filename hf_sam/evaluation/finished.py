@@ -29,7 +29,7 @@ def check_same_evaluation(folder: str | Path, now: dict) -> None:
         changed = differences(before, now)
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"{str(folder)!r} holds a results.json that is no record of an evaluation. {remedy}"
+            f"{str(folder)!r} holds a results.json that is not a record of an evaluation. {remedy}"
         ) from error
     if changed:
         raise ValueError(f"{str(folder)!r} holds another evaluation ({'; '.join(changed)}). {remedy}")

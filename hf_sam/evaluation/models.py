@@ -43,7 +43,7 @@ class Models:
 
     @contextlib.contextmanager
     def plain(self, source: LocalModel) -> Iterator[Variant]:
-        """The model as it is."""
+        """The model, unchanged."""
         yield self.get(source), None
 
     @contextlib.contextmanager

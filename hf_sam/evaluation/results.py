@@ -89,7 +89,7 @@ class Results:
     def sweep(self) -> list[TunedRun]:
         """The tuned models as runs of a sweep, on the first old and the first task data; empty without the latter.
 
-        A model whose losses could not be measured, e.g. since its training diverged, is no point of the sweep.
+        A model whose losses could not be measured, e.g. because its training diverged, is left out.
         """
         before = self.loss(self.base, self.old[0])
         if not self.tasks or before is None:

@@ -74,7 +74,7 @@ class EvaluationArguments:
         for scheme in self.quantize:
             check_scheme(scheme)
         if self.dtype not in _DTYPES:
-            raise ValueError(f"--dtype {self.dtype} is none of {', '.join(_DTYPES)}.")
+            raise ValueError(f"--dtype {self.dtype} must be one of {', '.join(_DTYPES)}.")
         for name in ("max_documents", "batch_size", "sharpness_documents"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 1 or larger.")
@@ -100,7 +100,7 @@ class EvaluationArguments:
         setattr(self, name, chosen)
         for value in chosen:
             if value not in known:
-                raise ValueError(f"--{name} {value} is none of {', '.join(known)}.")
+                raise ValueError(f"--{name} {value} must be one of {', '.join(known)}.")
 
     def _check_instrument(self, instrument: Instrument):
         flag = instrument.flag

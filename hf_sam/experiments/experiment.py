@@ -29,13 +29,13 @@ def read_preset(name: str) -> dict:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(f"There is no preset {name!r}; there are {', '.join(preset_names())}, or name a YAML file.")
+        raise ValueError(f"There is no preset {name!r}; choose from {', '.join(preset_names())}, or pass a YAML file.")
     preset = read_config(path)
     if unknown := sorted(preset.keys() - _KEYS):
-        raise ValueError(f"{path} sets {unknown[0]!r}; a preset has {', '.join(sorted(_KEYS))}.")
+        raise ValueError(f"{path} sets {unknown[0]!r}; its keys are {', '.join(sorted(_KEYS))}.")
     for key in ("anneal", "evaluate"):
         if key not in preset:
-            raise ValueError(f"{path} has no {key!r}: a preset anneals or mid-trains, and evaluates.")
+            raise ValueError(f"{path} has no {key!r}; a preset needs anneal and evaluate.")
     return preset
 
 
@@ -113,7 +113,7 @@ class Experiment:
             folder = self.output / "pretrain" / source
             checkpoint = last_complete(folder)
             if checkpoint is None:
-                raise ValueError(f"{folder} holds no checkpoint to anneal from. Let the preset save one (save_steps).")
+                raise ValueError(f"{folder} holds no checkpoint to anneal from. Set save_steps in the preset.")
             return {"anneal_from": checkpoint}
 
         wide = self.devices > 1 and not self.on_cpu
@@ -143,7 +143,7 @@ class Experiment:
         if sweep:
             # All sweeps hold out the same examples; those of another one may not be written yet.
             settings["task_data"] = [f"task={self.output / 'sft' / names[0] / 'held_out.jsonl'}"]
-        # A finished evaluation in the folder may be of a stage that was run again since.
+        # The folder may hold the evaluation of an earlier run of a stage.
         return Stage(label, "compare", settings, needs, late_settings=lambda: {"overwrite": True})
 
     def plan(self, plan_command: Callable[[str, dict], str]) -> str:

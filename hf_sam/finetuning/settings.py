@@ -58,8 +58,8 @@ class SFTDataArguments:
             raise ValueError("Rehearsal needs both rehearsal_data and rehearsal_share.")
         if self.rehearsal_share > 0 and self.dataset_format in ("messages", "hh"):
             raise ValueError(
-                f"dataset_format={self.dataset_format!r} cannot be mixed with old text, which is no conversation. Use "
-                "prompt_completion, alpaca or text."
+                f"dataset_format={self.dataset_format!r} cannot be mixed with old text, which is not a "
+                "conversation. Use prompt_completion, alpaca or text."
             )
 
     @property

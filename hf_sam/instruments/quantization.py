@@ -92,7 +92,7 @@ def quantization_damage(
     """Held-out loss of a model before and after quantization.
 
     Args:
-        model (`torch.nn.Module`): a transformers model in floating point; it stays as it is.
+        model (`torch.nn.Module`): a transformers model in floating point; it is not changed.
         data: what to measure on; see [`held_out_loss`].
         scheme (`str`, defaults to `"nf4"`): one of `SCHEMES`.
         before ([`HeldOutLoss`], *optional*): of the model on this data, if it is known.
@@ -217,7 +217,8 @@ def check_quantized(model: torch.nn.Module, scheme: str) -> Quantized:
     """Check what bitsandbytes quantized in a model.
 
     Raises:
-        MeasurementError: if it is nothing, or not all linear layers (but the output layer), or by another scheme.
+        MeasurementError: if nothing is quantized, a linear layer other than the output layer is not, or the scheme is
+            another one.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 

@@ -49,12 +49,12 @@ class ConfigParser(HfArgumentParser):
 
         Args:
             argv (`Sequence[str]`, *optional*): the command line; that of the process when omitted.
-            ignore_unknown (`bool`): ignore names in config files that are no flags of this parser, for a process whose
+            ignore_unknown (`bool`): ignore names in config files that are not flags of this parser, for a process whose
                 launcher has read them.
 
         Raises:
             UsageError: if a flag or a name in a file is unknown, or a file cannot be read.
-            ValueError: if a value in a file has the wrong kind.
+            ValueError: if a value in a file has the wrong type.
         """
         flags = self.prepare(sys.argv[1:] if argv is None else argv, ignore_unknown=ignore_unknown)
         known, rest = self.parse_known_args(flags)
@@ -87,7 +87,7 @@ class ConfigParser(HfArgumentParser):
         """Make the settings in config files the defaults of the flags.
 
         Returns:
-            `dict`: the settings that are no flags of this parser, by name: the file, and the value.
+            `dict`: the settings that are not flags of this parser, by name: the file, and the value.
         """
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         settings, unknown = {}, {}
@@ -105,7 +105,7 @@ class ConfigParser(HfArgumentParser):
         """The error about the first of the settings that [`load`] returned."""
         name, (file, _) = next(iter(unknown.items()))
         known = {action.dest for action in self._actions} | set(also_known)
-        return UsageError(f"{file} sets {name!r}, which is no setting of {self.prog}{did_you_mean(name, known)}")
+        return UsageError(f"{file} sets {name!r}, which is not a setting of {self.prog}{did_you_mean(name, known)}")
 
 
 def _environment(content: dict, file: str) -> dict:
@@ -124,9 +124,9 @@ def _converted(value, action: argparse.Action, where: str):
         try:
             return [action.type(one) if isinstance(one, str) and action.type else one for one in values]
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {value!r} is no list of values of the right kind ({error}).") from error
+            raise ValueError(f"{where}: {value!r} is not a list of values of the right type ({error}).") from error
     if action.choices is not None and value not in action.choices:
-        raise ValueError(f"{where}: {value!r} is none of {', '.join(map(str, action.choices))}.")
+        raise ValueError(f"{where}: {value!r} must be one of {', '.join(map(str, action.choices))}.")
     return value
 
 
@@ -134,7 +134,7 @@ def read_config(file: str | Path) -> dict:
     """The content of a config file, merged with the files that it extends.
 
     Raises:
-        UsageError: if a file is missing, is no YAML, holds no mapping, or extends itself.
+        UsageError: if a file is missing, is not a YAML mapping, or extends itself.
     """
     return _read(Path(file), ())
 
@@ -156,7 +156,7 @@ def _read_yaml(file: Path) -> dict:
     except OSError as error:
         raise UsageError(f"The config file {file} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"The config file {file} cannot be read: it is no YAML ({error}).") from error
+        raise UsageError(f"The config file {file} is not valid YAML: {error}.") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"The config file {file} must hold a mapping of flags to values.")
     return content

@@ -136,12 +136,12 @@ def test_flags_that_are_nearly_those_of_the_launcher_are_reported(files, tmp_pat
     ("content", "message"),
     [
         (None, "absent.yaml cannot be read: No such file"),
-        ("a: [\n", "is no YAML"),
+        ("a: [\n", "is not valid YAML"),
         ("- a\n", "must hold a mapping of flags to values"),
         # Flags of the launcher may stand beside those of the command.
         (
             "sam_roh: 0.05\nnum_processes: 2\n",
-            "config.yaml sets 'sam_roh', which is no setting of hf-sam {command}. Did you mean sam_rho?",
+            "config.yaml sets 'sam_roh', which is not a setting of hf-sam {command}. Did you mean sam_rho?",
         ),
     ],
 )

@@ -204,7 +204,7 @@ def test_flags_may_stand_in_a_file(shelf, tmp_path):
         ({"task_data": ["OLD"], "task_column": "text"}, "both have a 'old'.*NAME=PATH"),
         ({"max_length": 65}, "takes 64 tokens at most"),
         ({"quantize": ["nf5"]}, "no quantization scheme 'nf5'"),
-        ({"sharpness": ["flat"]}, "--sharpness flat is none of kl"),
+        ({"sharpness": ["flat"]}, "--sharpness flat must be one of kl"),
         ({"sharpness": ["kl"], "dtype": "bfloat16"}, "--dtype float32"),
         ({"wise_ft": [1.5]}, "from 0 .* to 1"),
         ({"tuned": [], "similarity": True}, "--similarity .* give --tuned"),

@@ -130,7 +130,7 @@ def test_an_interrupted_evaluation_may_become_another(shelf, folder):
 
 def test_a_record_of_something_else_is_not_replaced(shelf, folder):
     (folder / "results.json").write_text('{"accuracy": 1.0}')
-    with pytest.raises(ValueError, match=r"a results\.json that is no record of an evaluation"):
+    with pytest.raises(ValueError, match=r"a results\.json that is not a record of an evaluation"):
         evaluate(arguments(shelf, folder))
     assert json.loads((folder / "results.json").read_text()) == {"accuracy": 1.0}
     evaluate(arguments(shelf, folder, overwrite=True))

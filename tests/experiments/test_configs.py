@@ -160,10 +160,10 @@ def test_presets(file, devices, tmp_path):
 
 
 def test_an_unknown_preset_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no preset '7b'; there are 150m, 20m"):
+    with pytest.raises(ValueError, match="no preset '7b'; choose from 150m, 20m"):
         read_preset("7b")
     (tmp_path / "own.yaml").write_text("aneal: {}\n")
-    with pytest.raises(ValueError, match="sets 'aneal'; a preset has"):
+    with pytest.raises(ValueError, match="sets 'aneal'; its keys are"):
         read_preset(str(tmp_path / "own.yaml"))
     with pytest.raises(ValueError, match="needs GPUs, and there are none"):
         reproduce.find_devices({"device": "gpu"}, 0)

@@ -64,14 +64,14 @@ def test_null_is_the_default_of_what_a_file_extends_and_none_elsewhere(tmp_path)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("sam_roh: 0.05\n", r"own.yaml sets 'sam_roh', which is no setting of program. Did you mean sam_rho\?"),
+        ("sam_roh: 0.05\n", r"own.yaml sets 'sam_roh', which is not a setting of program. Did you mean sam_rho\?"),
         ("extends: missing.yaml\n", r"The config file .*missing.yaml cannot be read"),
         ("extends: own.yaml\n", "extends itself"),
         ("- a\n", "must hold a mapping"),
-        ("a: [\n", "cannot be read"),
+        ("a: [\n", "is not valid YAML"),
         ("env: PATH\n", "own.yaml: env must be a mapping"),
-        ("sam_phase: annealing\n", "sam_phase: 'annealing' is none of all, anneal"),
-        ("dataset_weights: [a, b]\n", r"dataset_weights: \['a', 'b'\] is no list of values"),
+        ("sam_phase: annealing\n", "sam_phase: 'annealing' must be one of all, anneal"),
+        ("dataset_weights: [a, b]\n", r"dataset_weights: \['a', 'b'\] is not a list of values"),
         ("seed: many\n", "invalid int value: 'many'"),
     ],
 )
@@ -113,7 +113,7 @@ def test_every_command_reads_files_that_extend_others(command, tmp_path, capsys)
     (tmp_path / "base.yaml").write_text("nothing_like_a_flag: 1\n")
     (tmp_path / "own.yaml").write_text("extends: base.yaml\n")
     assert commands.main([command, "--config", str(tmp_path / "own.yaml")]) == 2
-    message = "own.yaml sets 'nothing_like_a_flag', which is no setting of"
+    message = "own.yaml sets 'nothing_like_a_flag', which is not a setting of"
     assert capsys.readouterr().err.startswith(f"hf-sam {command}: {tmp_path}/{message} hf-sam {command}")
 
 
