@@ -4,6 +4,7 @@ import argparse
 
 from ..evaluation.results import Results
 from ..report.comparison import write_comparison
+from ..report.methods import SEED_PATTERN
 from ..report.pages import evaluation_report
 from ..runtime.errors import raise_usage_errors
 
@@ -22,6 +23,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         help="pretraining budget of each base: finds the inflection point",
     )
+    parser.add_argument(
+        "--seed_pattern",
+        default=SEED_PATTERN,
+        metavar="REGEX",
+        help="groups evaluations over training seeds by their names: a regular expression with the groups `method` and "
+        "`seed`; default: names such as sam-seed-3",
+    )
     return parser
 
 
@@ -32,7 +40,8 @@ def main(argv: list[str]) -> int:
         folder = arguments.folders[0]
         paths = evaluation_report(Results.read(folder)).write(arguments.output or folder)
     else:
-        paths = write_comparison(arguments.folders, arguments.output or "comparison", arguments.budgets)
+        output = arguments.output or "comparison"
+        paths = write_comparison(arguments.folders, output, arguments.budgets, pattern=arguments.seed_pattern)
     for path in paths:
         print(path)
     return 0

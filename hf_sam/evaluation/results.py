@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 from ..instruments.benchmarks import BenchmarkResult
-from ..statistics.frontier import TunedRun
-from ..statistics.losses import HeldOutLoss
+from ..statistics import HeldOutLoss, TunedRun
 
 
 class Results:

@@ -55,7 +55,7 @@ class EvaluationArguments:
     sharpness_documents: int = _flag(64, "Documents of the first dataset for sharpness, landscape and similarity.")
     dtype: str = _flag("float32", "Precision in which models are loaded.")
     device: str = _flag("", "Device, or 'auto' to spread each model over all; the accelerator if there is one.")
-    seed: int = _flag(0, "Seed of noise, random vectors and bootstrap.")
+    seed: int = _flag(0, "Seed of noise and random vectors.")
 
     def __new__(cls, *args, **kwargs):
         # The fields of all instruments that are registered by now.

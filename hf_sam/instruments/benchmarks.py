@@ -17,7 +17,7 @@ from ..runtime.distributed import broadcast
 from ..runtime.errors import MeasurementError
 from ..runtime.fingerprint import fingerprint_of_folder
 from ..runtime.packages import require
-from ..statistics.estimate import Estimate, interval, resampled_sums, standard_error
+from ..statistics.estimate import Estimate, interval, over_documents, standard_error
 from .measuring import device_of, measuring
 from .registry import Instrument, Setting, register
 
@@ -148,15 +148,8 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) ->
     return list(tasks)
 
 
-def score_change(
-    before: BenchmarkResult,
-    after: BenchmarkResult,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """Score after minus before, with the paired bootstrap interval over the examples of a task.
+def score_change(before: BenchmarkResult, after: BenchmarkResult, *, confidence: float = 0.95) -> Estimate:
+    """Score after minus before, with its interval over the examples of a task, which are paired.
 
     Raises:
         ValueError: if the two were run on different examples.
@@ -164,8 +157,8 @@ def score_change(
     if before.scores.keys() != after.scores.keys() or before.metric != after.metric:
         raise ValueError(f"The two runs of {before.task!r} have different examples or metrics.")
     change = np.asarray([after.scores[example] - value for example, value in before.scores.items()])
-    means = resampled_sums(change[:, None], resamples, seed)[:, 0] / len(change)
-    return interval(change.mean(), means, confidence, len(change))
+    variation = over_documents(change[:, None], np.ones(len(change)), source="examples")
+    return interval(change.mean(), [1.0], [variation], confidence)
 
 
 def load_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:

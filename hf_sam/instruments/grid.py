@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..runtime.figure import figure
+from ..runtime.figure import figure, literal
 from ..runtime.progress import progress
 from .displacement import Displacement
 from .loss import held_out_loss
@@ -63,7 +63,7 @@ def plot_plane(plane: dict) -> bytes:
         for name, (x, y) in plane["points"].items():
             axes.plot(x, y, "o", color="white", markeredgecolor="black")
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
-            axes.annotate(name, (x, y), xytext=(6, 6), textcoords="offset points", bbox=box)
+            axes.annotate(literal(name), (x, y), xytext=(6, 6), textcoords="offset points", bbox=box)
         if list(plane["points"]) == ["model"]:
             axes.set_xlabel("first random direction")
             axes.set_ylabel("second random direction")

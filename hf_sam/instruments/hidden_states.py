@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..runtime.distributed import all_reduce_sum
-from ..runtime.figure import figure, markers
+from ..runtime.figure import figure, styles
 from ..runtime.labels import IGNORE_INDEX
 from ..runtime.packages import require
 from .batches import model_inputs, shared_batches
@@ -146,9 +146,9 @@ def plot_layers(series: Mapping[str, Sequence[float]], label: str) -> bytes:
         series (`Mapping[str, Sequence[float]]`): the numbers by name, the embeddings first.
         label (`str`): what they are.
     """
-    with figure("layer (0: embeddings)", label) as (render, axes):
-        for (name, values), marker in zip(series.items(), markers(), strict=False):
-            axes.plot(range(len(values)), values, marker=marker, label=name)
+    with figure("layer (0: embeddings)", label, "Hidden states against those of the base") as (render, axes):
+        for name, style in styles(series).items():
+            axes.plot(range(len(series[name])), series[name], **style)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
         return render()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..runtime.figure import figure
+from ..runtime.figure import figure, styles
 from ..runtime.progress import progress
 from ..runtime.sharding import check_unsharded
 from .batches import batches_of
@@ -111,15 +111,16 @@ def plot_line(lines: Mapping[str, dict]) -> bytes:
     Args:
         lines (`Mapping[str, dict]`): [`LossLine`] as `to_dict` gives it, by name.
     """
-    with figure("way from base (0) to tuned model (1)", "held-out loss (nats per token)") as (render, axes):
+    label = "way from base (0) to tuned model (1)"
+    with figure(label, "held-out loss (nats per token)", "Loss between base and tuned model") as (render, axes):
         highest = max(max(line["losses"]) for line in lines.values())
         lowest = min(min(line["losses"]) for line in lines.values())
-        for name, line in lines.items():
-            (drawn,) = axes.plot(line["positions"], line["losses"], marker="o", label=name)
+        for name, style in styles(lines).items():
+            line = lines[name]
+            axes.plot(line["positions"], line["losses"], **style)
             if line["quadratic"] is not None:
-                axes.plot(
-                    line["positions"], line["quadratic"], "--", color=drawn.get_color(), label=f"{name}, quadratic"
-                )
+                dashed = {"linestyle": "--", "color": style["color"], "label": f"{style['label']}, quadratic"}
+                axes.plot(line["positions"], line["quadratic"], **dashed)
         # A prediction that leaves the range of the losses must not flatten them.
         room = 0.25 * max(highest - lowest, 1e-6)
         axes.set_ylim(lowest - room, highest + room)

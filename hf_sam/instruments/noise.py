@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..runtime.figure import figure, markers
+from ..runtime.figure import figure, styles
 from ..runtime.progress import progress
 from ..statistics.estimate import standard_error
 from ..statistics.losses import HeldOutLoss
@@ -160,10 +160,12 @@ def plot_noise(measured: Mapping[str, dict]) -> bytes:
     Args:
         measured (`Mapping[str, dict]`): [`NoiseSensitivity`] as `to_dict` gives it, by name.
     """
-    with figure("noise, in units of each layer's scale", "growth of held-out loss (nats per token)") as (render, axes):
-        for (name, values), marker in zip(measured.items(), markers(), strict=False):
+    label = "noise, in units of each layer's scale"
+    with figure(label, "growth of held-out loss (nats per token)", "Loss under noise in the weights") as (render, axes):
+        for name, style in styles(measured).items():
+            values = measured[name]
             errors = [error or 0.0 for error in values["standard_errors"]]
-            axes.errorbar(values["strengths"], values["degradations"], yerr=errors, marker=marker, label=name)
+            axes.errorbar(values["strengths"], values["degradations"], yerr=errors, capsize=2, **style)
         axes.set_xscale("log")
         axes.legend()
         return render()

@@ -87,7 +87,6 @@ def quantization_damage(
     *,
     before: HeldOutLoss | None = None,
     batch_size: int = 8,
-    seed: int = 0,
 ) -> QuantizationDamage:
     """Held-out loss of a model before and after quantization.
 
@@ -97,7 +96,6 @@ def quantization_damage(
         scheme (`str`, defaults to `"nf4"`): one of `SCHEMES`.
         before ([`HeldOutLoss`], *optional*): of the model on this data, if it is known.
         batch_size (`int`, defaults to 8): rows a batch.
-        seed (`int`, defaults to 0): seed of the interval's resampling.
 
     Raises:
         ValueError: for an unknown scheme, or a model that is quantized already.
@@ -108,7 +106,7 @@ def quantization_damage(
     before = before or held_out_loss(model, data, batch_size=batch_size)
     with quantized(model, scheme) as (small, proof):
         after = held_out_loss(small, data, batch_size=batch_size)
-    return QuantizationDamage(proof, before, after, forgetting(before, after, seed=seed))
+    return QuantizationDamage(proof, before, after, forgetting(before, after))
 
 
 @contextlib.contextmanager

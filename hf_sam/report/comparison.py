@@ -6,10 +6,11 @@ from pathlib import Path
 from ..evaluation.results import Results
 from ..instruments import Column, Instrument
 from ..instruments.registry import group_title, groups
-from ..runtime.figure import figure, markers
-from ..statistics import forgetting, inflection_point, pareto_frontier
+from ..statistics import forgetting, inflection_point
 from .document import Document
+from .methods import SEED_PATTERN, Method, group_by_seed
 from .pages import change_text, loss_text
+from .plots import plot_sweeps
 from .summary import MISSING, add_summary, summarize
 
 
@@ -18,6 +19,7 @@ def write_comparison(
     output: str | Path,
     budgets: Sequence[float] = (),
     training: Mapping[str, dict] | None = None,
+    pattern: str = SEED_PATTERN,
 ) -> tuple[Path, Path]:
     """Write `report.md` and `report.html` that compare evaluations.
 
@@ -27,6 +29,8 @@ def write_comparison(
         budgets (`Sequence[float]`): pretraining budget of each base, for the inflection point over checkpoints.
         training (`Mapping[str, dict]`, *optional*): what the training of base models took; see
             [`~hf_sam.report.summary.summarize`].
+        pattern (`str`): groups evaluations over training seeds by their names; see
+            [`~hf_sam.report.methods.group_by_seed`].
 
     Returns:
         `tuple[Path, Path]`: the paths of the two reports.
@@ -35,11 +39,14 @@ def write_comparison(
         ValueError: if a folder holds no results, or they were measured on different data.
     """
     results = [Results.read(folder) for folder in folders]
-    return comparison_report(results, budgets, training).write(output)
+    return comparison_report(results, budgets, training, pattern).write(output)
 
 
 def comparison_report(
-    results: Sequence[Results], budgets: Sequence[float] = (), training: Mapping[str, dict] | None = None
+    results: Sequence[Results],
+    budgets: Sequence[float] = (),
+    training: Mapping[str, dict] | None = None,
+    pattern: str = SEED_PATTERN,
 ) -> Document:
     """The report that compares evaluations; see `write_comparison`."""
     if not results:
@@ -52,14 +59,15 @@ def comparison_report(
     reference = results[0]
     for other in results[1:]:
         _check_comparable(reference, other)
-    document = Document("Comparison: " + ", ".join(names))
+    methods = group_by_seed(results, pattern)
+    document = Document("Comparison: " + ", ".join(method.name for method in methods))
     document.text(
-        f"`{reference.name}` is the reference. The tables show both what was lost and the final loss, because a model "
+        f"`{methods[0].name}` is the reference. The tables show both what was lost and the final loss, because a model "
         "that loses less may still end worse."
     )
     _bases(document, results)
-    add_summary(document, summarize(results, training))
-    _sweeps(document, results)
+    add_summary(document, summarize(results, training, pattern))
+    _sweeps(document, results, methods)
     _benchmarks(document, results)
     _instruments(document, results)
     if budgets:
@@ -100,7 +108,7 @@ def _bases(document: Document, results: Sequence[Results]) -> None:
     document.table(["run", "base", f"loss on {data}", "against the reference"], rows)
 
 
-def _sweeps(document: Document, results: Sequence[Results]) -> None:
+def _sweeps(document: Document, results: Sequence[Results], methods: Sequence[Method]) -> None:
     if not any(one.tuned for one in results):
         return
     document.heading("Learning and forgetting")
@@ -110,31 +118,15 @@ def _sweeps(document: Document, results: Sequence[Results]) -> None:
             "Missing: an evaluation without tuned models or without `--task_data` has nothing to compare here."
         )
         return
-    points = {name: [(run.task.loss, run.forgetting) for run in sweep] for name, sweep in sweeps.items()}
-    document.figure("frontier", plot_frontier(points), "Learning against forgetting, one curve for each run")
+    by_method = {method.name: [sweeps[one.name] for one in method.results] for method in methods}
+    caption = "Left: what was lost, against the task loss. Right: the loss on old data where it ended. 95% intervals."
+    document.figure("frontier", plot_sweeps(by_method), caption)
     rows = [
         [name, run.name, f"{run.task.loss:.4f}", f"{run.forgetting:.4f}", f"{run.after.loss:.4f}"]
         for name, sweep in sweeps.items()
         for run in sweep
     ]
     document.table(["run", "tuned model", "task loss", "forgetting", "loss on old data where it ended"], rows)
-
-
-def plot_frontier(sweeps: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
-    """Learning against forgetting: one curve for each method along its frontier, one point for each run.
-
-    Args:
-        sweeps (`Mapping[str, Sequence[tuple[float, float]]]`): (task loss, forgetting) of the runs by method.
-    """
-    label = "held-out task loss after fine-tuning (nats per token; better to the right)"
-    with figure(label, "forgetting (nats per token; lower is better)") as (render, axes):
-        for (name, points), marker in zip(sweeps.items(), markers(), strict=False):
-            frontier = [points[i] for i in pareto_frontier(points)]
-            (drawn,) = axes.plot(*zip(*frontier, strict=True), marker=marker, label=name)
-            axes.plot(*zip(*points, strict=True), marker, color=drawn.get_color(), alpha=0.4)
-        axes.invert_xaxis()
-        axes.legend()
-        return render()
 
 
 def _benchmarks(document: Document, results: Sequence[Results]) -> None:

@@ -60,7 +60,7 @@ def losses(document: Document, results: Results) -> None:
     if results.tuned:
         document.text(
             "Nats per token: the sum of the losses of all tokens over their number. Forgetting is the loss on old data "
-            "after minus before; in brackets the 95% bootstrap interval over documents."
+            "after minus before; in brackets the 95% interval over documents."
         )
     rows = []
     for data in (*results.old, *results.tasks):
@@ -83,7 +83,7 @@ def interpolations(document: Document, results: Results) -> None:
     if not alphas or not results.tuned:
         return
     document.heading("Wise-FT: interpolation between base and tuned model")
-    document.text("Loss, and in brackets its change against the base with the 95% bootstrap interval.")
+    document.text("Loss, and in brackets its change against the base with the 95% interval.")
     sets = (*results.old, *results.tasks)
     rows = []
     for name in results.tuned:
@@ -127,7 +127,7 @@ def benchmarks(document: Document, results: Results) -> None:
     document.heading("Benchmarks")
     document.text(
         "Scores of lm-evaluation-harness in per cent; in brackets the change against the base, or of a quantized model "
-        "against the same one in full precision, with its 95% bootstrap interval over examples."
+        "against the same one in full precision, with its 95% interval over examples."
     )
     columns = [(results.base, "", None)]
     columns += [(name, "", before) for name in results.tuned]
@@ -214,4 +214,4 @@ def _short(value) -> str:
 
 
 def _percent(change) -> str:
-    return f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+    return change.text("+.1f", scale=100)

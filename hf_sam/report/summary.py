@@ -1,10 +1,12 @@
 """The numbers of a comparison, and the tables that show them: damage of few bits, forgetting at equal task loss."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from ..evaluation.results import Results
-from ..statistics import forgetting, forgetting_reduction
+from ..statistics import Estimate, damage_reduction, forgetting_reduction, mean_forgetting
 from .document import Document
+from .methods import SEED_PATTERN, Method, group_by_seed, pair
 
 MISSING = "missing"
 
@@ -12,87 +14,116 @@ MISSING = "missing"
 PAPER = {"forgetting after fine-tuning": 31, "damage of 4 bits": 40}
 
 
-def summarize(results: Sequence[Results], training: Mapping[str, dict] | None = None) -> dict:
-    """What each run lost, and how much less than the first run.
+def summarize(
+    results: Sequence[Results], training: Mapping[str, dict] | None = None, pattern: str = SEED_PATTERN
+) -> dict:
+    """What each method lost, and how much less than the first one.
 
     Args:
-        results (`Sequence[Results]`): the runs; the first is the reference.
-        training (`Mapping[str, dict]`, *optional*): what the training of base models took, by run: `own_steps`,
+        results (`Sequence[Results]`): the evaluations, grouped over training seeds by their names; the method of the
+            first is the reference.
+        training (`Mapping[str, dict]`, *optional*): what the training of base models took, by evaluation: `own_steps`,
             `sam_steps` and `passes`.
+        pattern (`str`): see [`group_by_seed`].
 
     Returns:
-        `dict`: for JSON. For each run its losses in nats per token, damage and forgetting, with reductions against the
-        reference in per cent (positive: lost less); None for what could not be measured.
+        `dict`: for JSON. For each method its losses in nats per token, damage and forgetting, means over the seeds with
+        their 95% intervals, and reductions against the reference in per cent (positive: lost less); None for what could
+        not be measured.
     """
-    reference, *_ = results
-    data = reference.old[0]
-    environment = {name: value for name, value in reference.record["environment"].items() if name != "command"}
+    methods = group_by_seed(results, pattern)
+    reference, first = methods[0], results[0]
+    data = first.old[0]
+    environment = {name: value for name, value in first.record["environment"].items() if name != "command"}
     summary = {"reference": reference.name, "data": data, "environment": environment, "runs": {}}
-    # Those that all runs were quantized to.
-    schemes = [s for s in reference.schemes if all(s in one.schemes for one in results)]
-    lost = {scheme: _damage(reference, data, scheme) for scheme in schemes}
-    for one in results:
-        before = one.loss(one.base, data)
-        summary["runs"][one.name] = {
-            "base loss": None if before is None else before.loss,
-            "training": (training or {}).get(one.name),
-            "quantized": {scheme: _quantized(one, data, scheme, lost[scheme]) for scheme in schemes},
-            "fine-tuned": _fine_tuned(reference, one) if one is not reference else None,
-            "sweep": [
-                {"model": run.name, "task loss": run.task.loss, "forgetting": run.forgetting, "loss": run.after.loss}
-                for run in one.sweep()
-            ],
-            "benchmarks": _benchmark_means(one, schemes),
+    # Those that all models were quantized to.
+    schemes = [scheme for scheme in first.schemes if all(scheme in one.schemes for one in results)]
+    for method in methods:
+        took = [(training or {}).get(one.name) for one in method.results]
+        summary["runs"][method.name] = {
+            "seeds": [seed for seed in method.by_seed if seed is not None],
+            "base loss": _mean_loss(method, data),
+            "training": took[0],
+            "quantized": {scheme: _quantized(reference, method, data, scheme) for scheme in schemes},
+            "fine-tuned": _fine_tuned(reference, method) if method is not reference else None,
+            "sweep": [_point(one, run) for one in method.results for run in one.sweep()],
+            "benchmarks": _benchmark_means(method, schemes),
         }
     return summary
 
 
-def _damage(one: Results, data: str, scheme: str):
-    before, after = one.loss(one.base, data), one.loss(one.base, data, scheme)
-    return None if before is None or after is None else forgetting(before, after)
-
-
-def _quantized(one: Results, data: str, scheme: str, reference) -> dict:
-    own, after = _damage(one, data, scheme), one.loss(one.base, data, scheme)
-    known = own is not None and reference is not None and reference.value > 0
+def _point(one: Results, run) -> dict:
     return {
-        "damage": None if own is None else own.value,
-        "interval": None if own is None else [own.low, own.high],
-        "loss": None if after is None else after.loss,
-        "reduction": 100 * (1 - own.value / reference.value) if known else None,
+        "evaluation": one.name,
+        "model": run.name,
+        "task loss": run.task.loss,
+        "forgetting": run.forgetting,
+        "loss": run.after.loss,
     }
 
 
-def _fine_tuned(reference: Results, one: Results) -> dict | None:
-    if not one.sweep():
+def _mean_loss(method: Method, data: str, scheme: str = "") -> float | None:
+    losses = [one.loss(one.base, data, scheme) for one in method.results]
+    return None if None in losses else fmean(loss.loss for loss in losses)
+
+
+def _losses(results: Sequence[Results], data: str, scheme: str) -> list[tuple] | None:
+    """Losses of the bases before and after, by seed; None if one is missing."""
+    pairs = [(one.loss(one.base, data), one.loss(one.base, data, scheme)) for one in results]
+    return None if any(None in losses for losses in pairs) else pairs
+
+
+def _quantized(reference: Method, method: Method, data: str, scheme: str) -> dict:
+    own = _losses(method.results, data, scheme)
+    damage = None if own is None else mean_forgetting(own)
+    pairs = pair(reference, method)
+    both = [_losses([one[which] for one in pairs], data, scheme) for which in (0, 1)]
+    reduction = None
+    if None not in both and method is not reference and mean_forgetting(both[0]).value > 0:
+        reduction = damage_reduction(*both).scaled(100).to_dict()
+    return {
+        "damage": None if damage is None else damage.to_dict(),
+        "loss": _mean_loss(method, data, scheme),
+        "reduction": reduction,
+        "reduction seeds": len(pairs),
+    }
+
+
+def _fine_tuned(reference: Method, method: Method) -> dict | None:
+    sweeps = [[one.sweep() for one in side] for side in zip(*pair(reference, method), strict=True)]
+    if not any(sweeps[1]):
         return None
     try:
-        found = forgetting_reduction(reference.sweep(), one.sweep())
+        found = forgetting_reduction(*sweeps)
     except ValueError as error:
         return {"missing": str(error)}
     return {
-        "task loss": found.task_loss,
+        "task losses": [found.low, found.high],
         "forgetting": found.method,
         "of the reference": found.reference,
-        "reduction": 100 * found.relative.value,
-        "interval": [100 * found.relative.low, 100 * found.relative.high],
-        "resamples": found.used,
+        "reduction": found.relative.scaled(100).to_dict(),
+        "seeds": found.seeds,
         "loss": found.end_method,
         "loss of the reference": found.end_reference,
+        "warnings": found.warnings,
+        "curve": found.curve.to_dict(),
     }
 
 
-def _benchmark_means(one: Results, schemes: Sequence[str]) -> dict:
-    """Mean accuracy over the tasks, in per cent, of the base, quantized, and of each tuned model."""
+def _benchmark_means(method: Method, schemes: Sequence[str]) -> dict:
+    """Mean accuracy over tasks and seeds, in per cent, of the base, quantized, and of each tuned model."""
 
     def mean(model, variant=""):
-        scores = one.benchmarks(model, variant)
-        return 100 * sum(score.value for score in scores.values()) / len(scores) if scores else None
+        scores = [one.benchmarks(one.base if model is None else model, variant) for one in method.results]
+        if not all(scores):
+            return None
+        return 100 * fmean(fmean(score.value for score in one.values()) for one in scores)
 
-    found = {"base": mean(one.base)}
+    found = {"base": mean(None)}
     if found["base"] is None:
         return {}
-    return found | {scheme: mean(one.base, scheme) for scheme in schemes} | {name: mean(name) for name in one.tuned}
+    tuned = method.results[0].tuned
+    return found | {scheme: mean(None, scheme) for scheme in schemes} | {name: mean(name) for name in tuned}
 
 
 def summary_document(summary: dict) -> Document:
@@ -128,22 +159,21 @@ def _add_training(document: Document, summary: dict) -> None:
 
 def _add_quantized(document: Document, summary: dict) -> None:
     for scheme in summary["runs"][summary["reference"]]["quantized"]:
-        rows = []
+        rows, problems, counts = [], [], []
         for name, run in summary["runs"].items():
             found = run["quantized"][scheme]
-            interval = "" if found["damage"] is None else " [{:.4f}, {:.4f}]".format(*found["interval"])
-            reduction = "reference" if name == summary["reference"] else _reduction(found, summary, scheme)
-            cells = [_number(run["base loss"]), _number(found["damage"]) + interval, reduction, _number(found["loss"])]
-            rows.append([name, *cells])
+            is_reference = name == summary["reference"]
+            counts += [] if is_reference else [found["reduction seeds"]]
+            reduction = "reference" if is_reference else _estimate(found["reduction"], problems, ".0f", "%")
+            if reduction == MISSING and found["damage"] is not None:
+                reduction = f"{summary['reference']} lost nothing"
+            damage = _estimate(found["damage"], problems, ".4f")
+            rows.append([name, _number(run["base loss"]), damage, reduction, _number(found["loss"])])
         document.heading(f"Quantized to {scheme}")
-        document.table(["run", "base loss", "damage [95%]", "reduction", "loss where it ended"], rows)
-
-
-def _reduction(found: dict, summary: dict, scheme: str) -> str:
-    lost = summary["runs"][summary["reference"]]["quantized"][scheme]["damage"]
-    if found["damage"] is not None and lost is not None and lost <= 0:
-        return "reference lost nothing"
-    return MISSING if found["reduction"] is None else f"{found['reduction']:.0f}%"
+        own = [max(1, len(run["seeds"])) for run in summary["runs"].values()]
+        damage, reduction = f"damage [95%, {_seeds(own)}]", f"reduction [95%, {_seeds(counts or own)}]"
+        document.table(["run", "base loss", damage, reduction, "loss where it ended"], rows)
+        _add_notes(document, _about_seeds(counts or own), problems)
 
 
 def _add_fine_tuned(document: Document, summary: dict) -> None:
@@ -151,30 +181,51 @@ def _add_fine_tuned(document: Document, summary: dict) -> None:
     if not runs:
         return
     document.heading("Fine-tuned, at equal task loss")
-    rows = []
+    rows, problems = [], []
     for name, found in runs.items():
         if "missing" in found:
             document.text(f"`{name}` against `{summary['reference']}` at equal task loss: missing. {found['missing']}")
             continue
-        low, high = found["interval"]
+        problems += found["warnings"]
         rows.append(
             [
                 name,
-                f"{found['task loss']:.4f}",
+                "{:.2f} to {:.2f}".format(*found["task losses"]),
                 f"{found['of the reference']:.4f} -> {found['forgetting']:.4f}",
-                f"{found['reduction']:.1f}% [{low:.1f}, {high:.1f}]",
+                _estimate(found["reduction"], problems, ".1f", "%"),
                 f"{found['loss of the reference']:.4f} -> {found['loss']:.4f}",
-                f"{100 * found['resamples']:.0f}%",
             ]
         )
     if rows:
         document.text(
-            "Interpolated along the frontier of each sweep, with the 95% interval over documents. It does not "
-            "include the variation between training seeds. It is taken over the resamples in which both sweeps span "
-            "that task loss; if these are few, it says little."
+            "Means over the range of task losses that both sweeps span, along curves through the runs on the frontier "
+            "of each sweep."
         )
-        header = ["run", "task loss", "forgetting, reference -> run", "reduction [95%]", "loss where they ended"]
-        document.table([*header, "resamples"], rows)
+        counts = [found["seeds"] for found in runs.values() if "missing" not in found]
+        reduction = f"reduction [95%, {_seeds(counts)}]"
+        header = ["run", "task losses", "forgetting, reference -> run", reduction, "loss where they ended"]
+        document.table(header, rows)
+        _add_notes(document, _about_seeds(counts), [one for one in problems if not one.startswith("One training seed")])
+
+
+def _seeds(counts: Sequence[int]) -> str:
+    """How many seeds the numbers of a column are means of."""
+    few, many = min(counts), max(counts)
+    return f"{many} seed{'s' * (many > 1)}" if few == many else f"{few} to {many} seeds"
+
+
+def _about_seeds(counts: Sequence[int]) -> str:
+    if max(counts) == 1:
+        return "One training seed: intervals are over documents and do not include the variation between seeds."
+    return (
+        "Intervals are over documents and training seeds; those of two runs with the same seed are paired, and seeds "
+        "that one of them lacks are left out of the reduction."
+    )
+
+
+def _add_notes(document: Document, note: str, problems: Sequence[str]) -> None:
+    sentences = [problem[0].upper() + problem[1:].rstrip(".") + "." for problem in dict.fromkeys(problems)]
+    document.text(" ".join([note, *sentences]))
 
 
 def _add_benchmark_means(document: Document, summary: dict) -> None:
@@ -190,6 +241,16 @@ def _add_benchmark_means(document: Document, summary: dict) -> None:
                 if value is not None
             ],
         )
+
+
+def _estimate(values: dict | None, problems: list[str], form: str, unit: str = "") -> str:
+    """An estimate as a cell of a table; why it has no interval goes to `problems`."""
+    if values is None:
+        return MISSING
+    found = Estimate.from_dict(values)
+    if found.problem:
+        problems.append(f"No interval: {found.problem}")
+    return found.text(form, unit=unit)
 
 
 def _number(value: float | None) -> str:

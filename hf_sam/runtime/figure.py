@@ -2,21 +2,30 @@
 
 import contextlib
 import io
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from .packages import require
 
+_MARKERS = "osD^v<>pXP"
+
 
 @contextlib.contextmanager
-def figure(x: str, y: str) -> Iterator[tuple[Callable[[], bytes], object]]:
-    """Open a figure with one pair of axes.
+def figure(x: str, y: str, title: str = "") -> Iterator[tuple[Callable[[], bytes], object]]:
+    """Open a figure with one pair of axes; see [`panels`]."""
+    with panels((x, y, title)) as (render, (axes,)):
+        yield render, axes
+
+
+@contextlib.contextmanager
+def panels(*labels: tuple[str, str, str]) -> Iterator[tuple[Callable[[], bytes], list]]:
+    """Open a figure with several pairs of axes, side by side.
 
     Args:
-        x, y (`str`): labels of the axes.
+        labels (`tuple[str, str, str]`): of each pair, the x axis, the y axis and the title.
 
     Yields:
-        `tuple[Callable[[], bytes], matplotlib.axes.Axes]`: a function that renders the figure to PNG, and the axes.
+        `tuple[Callable[[], bytes], list[matplotlib.axes.Axes]]`: a function that renders the figure to PNG, and the
+        axes.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -26,12 +35,12 @@ def figure(x: str, y: str) -> Iterator[tuple[Callable[[], bytes], object]]:
     from matplotlib.figure import Figure
 
     # Without pyplot, which keeps figures alive and may look for a display.
-    drawn = Figure(figsize=(6.4, 4.4), layout="constrained")
+    drawn = Figure(figsize=(6.4 * len(labels), 4.4), layout="constrained")
     FigureCanvasAgg(drawn)
-    axes = drawn.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
+    row = drawn.subplots(1, len(labels), squeeze=False)[0]
+    for axes, (x, y, title) in zip(row, labels, strict=True):
+        axes.set(xlabel=literal(x), ylabel=literal(y), title=literal(title))
+        axes.grid(alpha=0.3)
 
     def render() -> bytes:
         buffer = io.BytesIO()
@@ -40,11 +49,20 @@ def figure(x: str, y: str) -> Iterator[tuple[Callable[[], bytes], object]]:
         return buffer.getvalue()
 
     try:
-        yield render, axes
+        yield render, list(row)
     finally:
         drawn.clear()
 
 
-def markers() -> Iterator[str]:
-    """Endless iterator over markers, one for each curve of a figure."""
-    return itertools.cycle("osD^v<>")
+def styles(names: Iterable[str]) -> dict[str, dict]:
+    """Colour, marker and legend of the curve of each name, as keyword arguments of matplotlib."""
+    return {
+        name: {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "label": literal(name)}
+        for i, name in enumerate(names)
+    }
+
+
+def literal(text: str) -> str:
+    r"""A text as matplotlib shows it unchanged: without mathematics, and not hidden from legends as `_text` is."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text

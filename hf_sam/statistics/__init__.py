@@ -1,28 +1,24 @@
-"""Statistics of measured losses: intervals, forgetting, and learning against forgetting. Needs NumPy only."""
+"""Statistics of measured losses: intervals over documents and seeds, forgetting, learning against forgetting."""
 
+from .curves import forgetting_at, pareto_frontier, shared_range
 from .estimate import Estimate
-from .frontier import (
-    InflectionPoint,
-    Reduction,
-    TunedRun,
-    forgetting_at,
-    forgetting_reduction,
-    inflection_point,
-    pareto_frontier,
-    shared_range,
-)
-from .losses import HeldOutLoss, forgetting
+from .inflection import InflectionPoint, inflection_point
+from .losses import HeldOutLoss, forgetting, mean_forgetting
+from .reduction import Reduction, ReductionCurve, TunedRun, damage_reduction, forgetting_reduction
 
 __all__ = [
     "Estimate",
     "HeldOutLoss",
     "InflectionPoint",
     "Reduction",
+    "ReductionCurve",
     "TunedRun",
+    "damage_reduction",
     "forgetting",
     "forgetting_at",
     "forgetting_reduction",
     "inflection_point",
+    "mean_forgetting",
     "pareto_frontier",
     "shared_range",
 ]

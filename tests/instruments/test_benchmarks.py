@@ -86,8 +86,8 @@ def test_change_pairs_the_examples():
     before = BenchmarkResult("t", "acc", scores, 0.5)
     change = score_change(before, BenchmarkResult("t", "acc", {**scores, "0": 1.0}, 0.51))
     assert change.value == pytest.approx(0.01)
-    assert change.low >= 0
-    assert change.high < 0.05
+    # A single example that changed may be chance, though all the others are equal.
+    assert -0.02 < change.low < 0 < change.high < 0.05
     assert before.standard_error == pytest.approx(0.0503, abs=1e-4)
     with pytest.raises(ValueError, match="different examples"):
         score_change(before, BenchmarkResult("t", "acc", {"0": 1.0}, 1.0))

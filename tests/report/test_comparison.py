@@ -73,12 +73,13 @@ def test_both_what_was_lost_and_where_it_ended():
     markdown = comparison_report([Results(record("AdamW")), Results(sam)]).markdown()
     assert cells(markdown, "SAM", "base")[2:] == ["3.0400", "0.0400 [0.0400, 0.0400]"]
     assert "## Quantized to nf4" in markdown
-    assert cells(markdown, "SAM", "3.0400")[2:] == ["0.0300 [0.0300, 0.0300]", "40%", "3.0700"]
-    # In the middle of 1 to 2: 0.5 and 0.4.
-    row = cells(markdown, "SAM", "1.5000")
-    assert row[2] == "0.5000 -> 0.4000"
+    assert cells(markdown, "SAM", "3.0400")[2:] == ["0.0300 [0.0300, 0.0300]", "40% [40, 40]", "3.0700"]
+    # From 1 to 2, on a convex curve: less than the 0.55 of straight lines, and for the other 0.8 times as much.
+    row = cells(markdown, "SAM", "1.00 to 2.00")
+    lost = [float(value) for value in row[2].split(" -> ")]
+    assert lost == pytest.approx([0.533, 0.8 * 0.533], abs=0.001)
     assert row[3].startswith("20.0% [")
-    assert row[4:] == ["3.5000 -> 3.4400", "100%"]
+    assert [float(value) for value in row[4].split(" -> ")] == pytest.approx([3 + lost[0], 3.04 + lost[1]], abs=2e-4)
     assert cells(markdown, "SAM", "1e-08 ± 1.0e-09")[2:] == ["missing", "5 ± unknown"]
 
 

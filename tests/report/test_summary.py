@@ -32,22 +32,29 @@ def results(name: str, base: float, quantized: float, sweep: dict[float, float])
     return Results(record)
 
 
+def text_of(summary: dict) -> str:
+    """The report of a summary, with single spaces."""
+    return " ".join(summary_document(summary).markdown().split())
+
+
 def test_a_run_that_loses_less_has_a_positive_reduction_and_one_that_loses_more_a_negative_one():
-    """At a task loss of 2, half way between two runs, they forget 0.4 and 0.2; few bits cost 0.10 and 0.06."""
-    more = results("more", base=3.0, quantized=3.10, sweep={2.5: 3.2, 1.5: 3.6})
-    less = results("less", base=3.1, quantized=3.16, sweep={2.5: 3.2, 1.5: 3.4})
+    """One forgets half of the other at each task loss; few bits cost 0.10 and 0.06."""
+    more = results("more", base=3.0, quantized=3.10, sweep={2.5: 3.2, 2.0: 3.4, 1.5: 3.6})
+    less = results("less", base=3.1, quantized=3.16, sweep={2.5: 3.2, 2.0: 3.3, 1.5: 3.4})
     for reference, other, forgetting, damage in ((more, less, 50.0, 40.0), (less, more, -100.0, -100 * 4 / 6)):
         summary = summarize([reference, other])
         run = summary["runs"][other.name]
         assert summary["reference"] == reference.name
-        assert run["fine-tuned"]["reduction"] == pytest.approx(forgetting)
-        assert run["fine-tuned"]["interval"] == pytest.approx([forgetting, forgetting])
-        assert run["quantized"]["nf4"]["reduction"] == pytest.approx(damage)
-        assert run["fine-tuned"]["task loss"] == pytest.approx(2.0)
-    text = summary_document(summarize([more, less])).markdown()
-    assert "| less | 2.0000    | 0.4000 -> 0.2000" in text
+        assert run["fine-tuned"]["reduction"]["value"] == pytest.approx(forgetting)
+        # All documents are the same, and so are the shapes of both curves.
+        assert run["fine-tuned"]["reduction"]["low"] == pytest.approx(forgetting)
+        assert run["quantized"]["nf4"]["reduction"]["value"] == pytest.approx(damage)
+        assert run["fine-tuned"]["task losses"] == pytest.approx([1.5, 2.5])
+    text = text_of(summarize([more, less]))
     assert "50.0% [50.0, 50.0]" in text
-    assert "3.4000 -> 3.3000" in text
+    assert "| less | 1.50 to 2.50 | 0.3999 -> 0.2000" in text
+    assert "reduction [95%, 1 seed]" in text
+    assert "One training seed" in text
 
 
 def test_sweeps_without_a_task_loss_in_common_are_not_compared():
@@ -55,11 +62,39 @@ def test_sweeps_without_a_task_loss_in_common_are_not_compared():
     other = results("other", base=3.0, quantized=3.1, sweep={1.5: 3.4, 1.0: 3.5})
     summary = summarize([one, other])
     assert "share no task loss" in summary["runs"]["other"]["fine-tuned"]["missing"]
-    assert "`other` against `one` at equal task loss: missing" in summary_document(summary).markdown()
+    assert "`other` against `one` at equal task loss: missing" in text_of(summary)
 
 
 def test_a_reference_that_few_bits_cost_nothing_is_no_measure():
     runs = [results("lucky", 3.0, 2.99, {}), results("other", 3.0, 3.1, {})]
     summary = summarize(runs)
     assert summary["runs"]["other"]["quantized"]["nf4"]["reduction"] is None
-    assert "| reference lost nothing |" in summary_document(summary).markdown()
+    assert "| lucky lost nothing |" in text_of(summary)
+
+
+def seeds(name: str, damages: list[float]) -> list[Results]:
+    return [results(f"{name}-seed-{seed}", 3.0, 3.0 + damage, {}) for seed, damage in enumerate(damages)]
+
+
+def test_evaluations_are_grouped_over_their_seeds():
+    """Student's t of three pairs of seeds: documents are all the same."""
+    runs = [*seeds("adamw", [0.10, 0.12, 0.11]), *seeds("sam", [0.05, 0.07, 0.06])]
+    summary = summarize(runs)
+    assert list(summary["runs"]) == ["adamw", "sam"]
+    assert summary["runs"]["sam"]["seeds"] == [0, 1, 2]
+    damage = summary["runs"]["sam"]["quantized"]["nf4"]["damage"]
+    assert damage["value"] == pytest.approx(0.06)
+    assert damage["high"] - damage["value"] == pytest.approx(0.01 / np.sqrt(3) * 4.303, rel=1e-3)
+    reduction = summary["runs"]["sam"]["quantized"]["nf4"]["reduction"]
+    assert reduction["value"] == pytest.approx(100 * (1 - 0.06 / 0.11))
+    assert reduction["low"] < reduction["value"] < reduction["high"]
+    assert "damage [95%, 3 seeds] | reduction [95%, 3 seeds]" in text_of(summary)
+
+
+def test_seeds_that_one_method_lacks_are_left_out_of_its_reduction():
+    runs = [*seeds("adamw", [0.10, 0.12, 0.11]), *seeds("sam", [0.05, 0.07])]
+    summary = summarize(runs)
+    sam = summary["runs"]["sam"]["quantized"]["nf4"]
+    assert sam["reduction"]["value"] == pytest.approx(100 * (1 - 0.06 / 0.11))
+    assert sam["reduction seeds"] == 2
+    assert "damage [95%, 2 to 3 seeds] | reduction [95%, 2 seeds]" in text_of(summary)

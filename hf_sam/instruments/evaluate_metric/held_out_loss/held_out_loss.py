@@ -28,7 +28,7 @@ Returns:
     held_out_loss (float): nats per token.
     perplexity (float): exp(held_out_loss).
     tokens (int): number of predicted tokens.
-    forgetting, forgetting_low, forgetting_high (float): with base_model_id, and its 95% bootstrap interval.
+    forgetting, forgetting_low, forgetting_high (float): with base_model_id, and its 95% interval.
 Examples:
     >>> metric = evaluate.load(hf_sam.instruments.metric_path())
     >>> metric.compute(predictions=texts, model_id="out/tuned", base_model_id="allenai/OLMo-2-0425-1B")

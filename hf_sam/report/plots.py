@@ -1,0 +1,59 @@
+"""Pictures of a comparison. Each method has one colour and one marker in all of them."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..runtime.figure import panels, styles
+from ..statistics import TunedRun, forgetting, pareto_frontier
+from ..statistics.curves import curve
+
+_TASK = "held-out task loss after fine-tuning (nats per token)\nbetter to the right"
+
+
+def plot_sweeps(sweeps: Mapping[str, Sequence[Sequence[TunedRun]]]) -> bytes:
+    """Forgetting, and the loss on old data where it ended, against the task loss.
+
+    Curves are those of the statistics, along the frontier of each sweep; bars are 95% intervals over documents. Runs
+    off the frontier are pale.
+
+    Args:
+        sweeps (`Mapping[str, Sequence[Sequence[TunedRun]]]`): the sweeps by method, one for each training seed.
+    """
+    labels = (
+        (_TASK, "forgetting (nats per token)\nlower is better", "What was lost"),
+        (_TASK, "loss on old data (nats per token)\nlower is better", "Where it ended"),
+    )
+    with panels(*labels) as (render, both):
+        for name, style in styles(sweeps).items():
+            for seed, sweep in enumerate(sweeps[name]):
+                label = {"label": style["label"] if seed == 0 else "_hidden"}
+                _plot_sweep(both, sweep, {**style, **label})
+        for axes in both:
+            axes.invert_xaxis()
+        both[0].legend()
+        return render()
+
+
+def _plot_sweep(both: Sequence, sweep: Sequence[TunedRun], style: dict) -> None:
+    points = [(run.task.loss, run.forgetting) for run in sweep]
+    best = pareto_frontier(points)
+    before = sweep[0].before.loss
+    losses = np.linspace(points[best[0]][0], points[best[-1]][0], 101)
+    line = curve([points[i] for i in best], losses)
+    for axes, level in zip(both, (0.0, before), strict=True):
+        axes.plot(losses, line + level, color=style["color"])
+        for i, run in enumerate(sweep):
+            own = style if i == best[0] else {**style, "label": "_hidden"}
+            lost, learned = forgetting(run.before, run.after), run.task.interval()
+            errors = {
+                "xerr": _bars(learned.value, learned.low, learned.high),
+                "yerr": _bars(lost.value, lost.low, lost.high),
+            }
+            at = points[i][0], points[i][1] + level
+            axes.errorbar(*at, **errors, **own, linestyle="", capsize=2, alpha=1.0 if i in best else 0.35)
+
+
+def _bars(value: float, low: float, high: float) -> np.ndarray | None:
+    """Lengths of the bars on both sides; None without an interval."""
+    return None if np.isnan(low) else np.asarray([[value - low], [high - value]])
