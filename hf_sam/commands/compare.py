@@ -16,7 +16,7 @@ from ..report.summary import summarize, summary_document
 from ..runtime.config import ConfigParser, DryRunArguments
 from ..runtime.disk import write_json
 from ..runtime.distributed import join_processes, rank_and_world
-from ..runtime.run_record import FINISHED, read_finished
+from ..runtime.run_record import FINISHED
 from .evaluate import print_failures
 from .launch import run_or_launch
 
@@ -58,10 +58,8 @@ def compare(argv: list[str]) -> int:
             print_failures(record)
         results = [Results(record) for record in records]
         if len(results) > 1:
-            # Not known of a base model that was trained elsewhere.
-            training = {one.name: read_finished(one.record["models"][0]["spec"]) for one in results}
-            write_comparison([one.output for one in settings], output / "comparison", training=training)
-            summary = summarize(results, training)
+            write_comparison([one.output for one in settings], output / "comparison")
+            summary = summarize(results)
             write_json(output / "summary.json", summary)
             document = summary_document(summary)
             document.write(output / "summary")

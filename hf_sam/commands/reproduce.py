@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from ..experiments.driver import run_chain
-from ..experiments.experiment import Experiment, read_preset
+from ..experiments.experiment import Experiment, check_seeds, read_preset
 from ..experiments.stages import Chain, Stage
 from ..runtime.config import ConfigParser, DryRunArguments
 from ..runtime.errors import UsageError
@@ -38,6 +38,10 @@ class ReproduceArguments(DryRunArguments):
     workers: int = field(
         default=0, metadata={"help": "Stages side by side on the CPU; default: a core each. On GPUs, one each."}
     )
+    seeds: list[int] | None = field(
+        default=None,
+        metadata={"help": "Training seeds: every run once with each; default: those of the preset."},
+    )
     stage: str | None = field(default=None, metadata={"help": "Run only this stage, in this process."})
     list: bool = field(default=False, metadata={"help": "Print each stage and the stages that it needs, and exit."})
 
@@ -51,6 +55,9 @@ def main(argv: list[str]) -> int:
     """Run the experiment, or one stage of it; returns the exit status."""
     (settings,) = make_parser().parse(argv)
     preset = read_preset(settings.preset)
+    if settings.seeds is not None:
+        check_seeds(settings.seeds, "--seeds")
+        preset = {**preset, "seeds": settings.seeds}
     output = Path(settings.output_dir or f"outputs/{Path(settings.preset).stem}")
     if settings.dry_run:
         print(Experiment(preset, output, devices=1 if preset.get("device") == "cpu" else 8).plan(_plan_command))
@@ -67,10 +74,12 @@ def main(argv: list[str]) -> int:
     if settings.stage is not None:
         return run_stage(chain, chain[settings.stage], preset, len(devices), argv)
     flags = ["--preset", settings.preset, "--output_dir", str(output)]
+    if settings.seeds is not None:
+        flags += ["--seeds", *map(str, settings.seeds)]
     if not _run_all(chain, devices, flags):
         print("Not all stages are done; give the same command again to resume.", file=sys.stderr)
         return 1
-    _print_report(output / "evaluation", list(experiment.runs("anneal")))
+    _print_report(output / "evaluation", [run.label for run in experiment.with_seeds("anneal")])
     return 0
 
 

@@ -1,6 +1,7 @@
 """`hf-sam sweep`: supervised fine-tuning over a sweep of learning rates, on the datasets of the papers or your own.
 
-Each learning rate gets a folder `lr-*` in --output_dir, beside `held_out.jsonl`, the held-out examples. A sweep that
+Each learning rate gets a folder `lr-*` in --output_dir, beside `held_out.jsonl`, the held-out examples. With `--seeds`
+there is a sweep in `seed-*` for each training seed, all on the same examples in another order. A sweep that
 was interrupted is resumed by the same command. With `--sam_rho` the fine-tuning itself is sharpness-aware; with
 `--use_peft` it trains adapters.
 """
@@ -44,11 +45,14 @@ def train(argv: list[str]) -> int:
         print(plan_text(argv))
         return 0
     rates = sweep.learning_rates or [args.learning_rate]
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, sweep.seeds))}: the seeds must be different.")
+    for seed in sweep.seeds or [None]:
 
-    def make_args(rate: float) -> SAMSFTConfig:
-        return _arguments_of_run(argv, args, sweep, rate)
+        def make_args(rate: float, seed: int | None = seed) -> SAMSFTConfig:
+            return _arguments_of_run(argv, args, sweep, rate, seed)
 
-    run_sweep(rates, make_args, data, model_args, keep_checkpoints=sweep.keep_checkpoints)
+        run_sweep(rates, make_args, data, model_args, keep_checkpoints=sweep.keep_checkpoints)
     if args.process_index == 0:
         print(f"The models are in {args.output_dir}.")
     return 0
@@ -62,8 +66,12 @@ def plan_text(argv: list[str]) -> str:
     )
 
 
-def _arguments_of_run(argv: list[str], args: SAMSFTConfig, sweep: SweepArguments, rate: float) -> SAMSFTConfig:
-    changed = ["--learning_rate", str(rate), "--output_dir", str(Path(args.output_dir) / f"lr-{rate:g}")]
+def _arguments_of_run(
+    argv: list[str], args: SAMSFTConfig, sweep: SweepArguments, rate: float, seed: int | None
+) -> SAMSFTConfig:
+    folder = Path(args.output_dir) / ("" if seed is None else f"seed-{seed}") / f"lr-{rate:g}"
+    changed = ["--learning_rate", str(rate), "--output_dir", str(folder)]
+    changed += [] if seed is None else ["--seed", str(seed)]
     if sweep.global_batch_size is not None:
         batch = args.per_device_train_batch_size
         accumulation = accumulation_for(sweep.global_batch_size, batch, launched_world_size())

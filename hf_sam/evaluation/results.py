@@ -27,6 +27,11 @@ class Results:
         """Schemes that the models were quantized to."""
         return self.record["settings"]["quantize"]
 
+    @property
+    def training(self) -> dict | None:
+        """What the training of the base took: `own_steps`, `sam_steps`, `passes`; None if it was trained elsewhere."""
+        return self.record["models"][0].get("training")
+
     @classmethod
     def read(cls, folder: str | Path) -> "Results":
         """The results of an evaluation in a folder.

@@ -22,6 +22,7 @@ from ..runtime.environment import environment, versions
 from ..runtime.errors import MeasurementError
 from ..runtime.models import LocalModel, check_same_tokens, find_model
 from ..runtime.packages import require
+from ..runtime.run_record import read_finished
 from .finished import check_same_evaluation
 from .inputs import check_same_shapes, load_held_out, with_distinct_names
 from .models import Models, Variant
@@ -273,7 +274,13 @@ class Evaluation:
             "settings": settings.to_dict(),
             "environment": environment(),
             "models": [
-                {"name": s.name, "spec": s.spec, "fingerprint": s.fingerprint, "adapter": s.base is not None}
+                {
+                    "name": s.name,
+                    "spec": s.spec,
+                    "fingerprint": s.fingerprint,
+                    "adapter": s.base is not None,
+                    "training": read_finished(s.spec),  # None for a model that was trained elsewhere
+                }
                 for s in self.sources
             ],
             "data": [

@@ -13,7 +13,7 @@ PRESETS = Path(__file__).parent / "configs" / "presets"
 # Stands for the output folder in the paths of a preset.
 PLACEHOLDER = "{output}"
 
-_KEYS = {"device", "accelerate_config", "model", "data", "pretrain", "anneal", "sft", "evaluate"}
+_KEYS = {"device", "accelerate_config", "model", "seeds", "data", "pretrain", "anneal", "sft", "evaluate"}
 
 
 def preset_names() -> list[str]:
@@ -36,7 +36,45 @@ def read_preset(name: str) -> dict:
     for key in ("anneal", "evaluate"):
         if key not in preset:
             raise ValueError(f"{path} has no {key!r}; a preset needs anneal and evaluate.")
+    check_seeds(preset.get("seeds"), f"{path}: seeds")
     return preset
+
+
+def check_seeds(seeds, where: str) -> None:
+    """Raises ValueError unless `seeds` is None or a list of different integers, none of them negative."""
+    if seeds is None:
+        return
+    valid = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not valid or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{where}={seeds!r} must be a list of different integers that are not negative, e.g. [1, 2].")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of an annealing with one seed, and all that follows from it.
+
+    Attributes:
+        name (`str`): its name in the preset.
+        seed (`int` or `None`): its training seed; None for that of the settings.
+    """
+
+    name: str
+    seed: int | None
+
+    @property
+    def place(self) -> str:
+        """Its part of the names of stages and folders."""
+        return self.name if self.seed is None else f"{self.name}/seed-{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """Name of its evaluation, which reports group by seed."""
+        return self.place.replace("/", "-")
+
+    @property
+    def settings(self) -> dict:
+        """What the seed changes in the settings of a stage."""
+        return {} if self.seed is None else {"seed": self.seed}
 
 
 @dataclass
@@ -66,18 +104,21 @@ class Experiment:
         if "data" in self.preset:
             stages.append(Stage("data", "toy-data", self._with_output(self.preset["data"])))
         first = tuple(stage.name for stage in stages)
-        for name in self.runs("pretrain"):
-            stages.append(self._training("pretrain", name, first))
-        for name, run in self.runs("anneal").items():
-            source = self.source(run)
-            stages.append(self._training("anneal", name, (f"pretrain/{source}",) if source else first))
-            sweep = [self._sweep(name, rates) for rates in self._rates_of_stages()]
+        stages += [self._training("pretrain", run, first) for run in self.with_seeds("pretrain")]
+        runs = self.with_seeds("anneal")
+        for run in runs:
+            source = self._source(run)
+            stages.append(self._training("anneal", run, (f"pretrain/{source.place}",) if source else first))
+            sweep = [self._sweep(run, rates) for rates in self._rates_of_stages()]
             stages += sweep
-            needs = tuple(stage.name for stage in sweep) or (f"anneal/{name}",)
-            stages.append(self._comparison(f"evaluate/{name}", [name], needs))
-        names = list(self.runs("anneal"))
-        stages.append(self._comparison("report", names, tuple(f"evaluate/{name}" for name in names)))
+            needs = tuple(stage.name for stage in sweep) or (f"anneal/{run.place}",)
+            stages.append(self._comparison(f"evaluate/{run.place}", [run], needs))
+        stages.append(self._comparison("report", runs, tuple(f"evaluate/{run.place}" for run in runs)))
         return stages
+
+    def with_seeds(self, kind: str) -> list[Run]:
+        """Runs of a kind of stage, each with each seed of the preset."""
+        return [Run(name, seed) for name in self.runs(kind) for seed in self.preset.get("seeds") or [None]]
 
     def runs(self, kind: str) -> dict[str, dict]:
         """Runs of a kind of stage, and what each changes in the settings."""
@@ -87,6 +128,11 @@ class Experiment:
         """The pretraining run that an annealing run begins with; None if it begins with a model."""
         pretraining = list(self.runs("pretrain"))
         return run.get("from", pretraining[0] if pretraining else None)
+
+    def _source(self, run: Run) -> Run | None:
+        """The pretraining run with the same seed that an annealing run begins with."""
+        name = self.source(self.runs("anneal")[run.name])
+        return None if name is None else Run(name, run.seed)
 
     def settings(self, kind: str, run: dict | None = None) -> dict:
         """Settings of a stage: those of its config file, changed by the preset, changed by the run."""
@@ -102,22 +148,22 @@ class Experiment:
             return [self._with_output(one) for one in value]
         return value.replace(PLACEHOLDER, str(self.output)) if isinstance(value, str) else value
 
-    def _training(self, kind: str, name: str, needs: tuple[str, ...]) -> Stage:
-        run = self.runs(kind)[name]
-        settings = {**self.settings(kind, run), "output_dir": str(self.output / kind / name)}
-        source = self.source(run) if kind == "anneal" else None
+    def _training(self, kind: str, run: Run, needs: tuple[str, ...]) -> Stage:
+        own = {**run.settings, "output_dir": str(self.output / kind / run.place)}
+        settings = {**self.settings(kind, self.runs(kind)[run.name]), **own}
+        source = self._source(run) if kind == "anneal" else None
 
         def checkpoint_of_source() -> dict:
             if source is None:
                 return {}
-            folder = self.output / "pretrain" / source
+            folder = self.output / "pretrain" / source.place
             checkpoint = last_complete(folder)
             if checkpoint is None:
                 raise ValueError(f"{folder} holds no checkpoint to anneal from. Set save_steps in the preset.")
             return {"anneal_from": checkpoint}
 
         wide = self.devices > 1 and not self.on_cpu
-        return Stage(f"{kind}/{name}", "pretrain", settings, needs, wide, checkpoint_of_source)
+        return Stage(f"{kind}/{run.place}", "pretrain", settings, needs, wide, checkpoint_of_source)
 
     def _rates_of_stages(self) -> list[list[float]]:
         """The learning rates of each stage of a sweep: one on a GPU, all on the CPU."""
@@ -126,23 +172,25 @@ class Experiment:
         rates = self.settings("sft")["learning_rates"]
         return [rates] if self.on_cpu else [[rate] for rate in rates]
 
-    def _sweep(self, name: str, rates: list[float]) -> Stage:
+    def _sweep(self, run: Run, rates: list[float]) -> Stage:
         settings = {
             **self.settings("sft"),
-            "model_name_or_path": str(self.output / "anneal" / name),
-            "output_dir": str(self.output / "sft" / name),
+            **run.settings,
+            "model_name_or_path": str(self.output / "anneal" / run.place),
+            "output_dir": str(self.output / "sft" / run.place),
             "learning_rates": rates,
         }
-        label = f"sft/{name}" + ("" if self.on_cpu else f"/lr-{float(rates[0]):g}")
-        return Stage(label, "sweep", settings, (f"anneal/{name}",))
+        label = f"sft/{run.place}" + ("" if self.on_cpu else f"/lr-{float(rates[0]):g}")
+        return Stage(label, "sweep", settings, (f"anneal/{run.place}",))
 
-    def _comparison(self, label: str, names: list[str], needs: tuple[str, ...]) -> Stage:
-        settings = {**self.settings("evaluate"), "output": str(self.output / "evaluation")}
-        sweep = f",{self.output / 'sft'}/" if "sft" in self.preset else ""
-        settings["runs"] = [f"{n}={self.output / 'anneal' / n}" + (f"{sweep}{n}" if sweep else "") for n in names]
-        if sweep:
+    def _comparison(self, label: str, runs: list[Run], needs: tuple[str, ...]) -> Stage:
+        settings = {**self.settings("evaluate"), "output": str(self.output / "evaluation"), "runs": []}
+        for run in runs:
+            sweep = f",{self.output / 'sft' / run.place}" if "sft" in self.preset else ""
+            settings["runs"].append(f"{run.label}={self.output / 'anneal' / run.place}{sweep}")
+        if "sft" in self.preset:
             # All sweeps hold out the same examples; those of another one may not be written yet.
-            settings["task_data"] = [f"task={self.output / 'sft' / names[0] / 'held_out.jsonl'}"]
+            settings["task_data"] = [f"task={self.output / 'sft' / runs[0].place / 'held_out.jsonl'}"]
         # The folder may hold the evaluation of an earlier run of a stage.
         return Stage(label, "compare", settings, needs, late_settings=lambda: {"overwrite": True})
 

@@ -78,11 +78,15 @@ class SweepArguments:
 
     Parameters:
         learning_rates (`list[float]`): one run for each.
+        seeds (`list[int]`): training seeds, one sweep for each; that of `seed` when empty.
         global_batch_size (`int`, *optional*): sequences of an optimizer step over all devices.
         keep_checkpoints (`bool`): keep the checkpoints of a finished run, with its optimizer state.
     """
 
     learning_rates: list[float] = field(default_factory=list, metadata={"help": "One run for each."})
+    seeds: list[int] = field(
+        default_factory=list, metadata={"help": "Training seeds: one sweep for each, in OUTPUT/seed-SEED."}
+    )
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Sequences of an optimizer step over all devices."}
     )

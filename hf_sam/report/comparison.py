@@ -1,6 +1,6 @@
 """Comparison of evaluations, e.g. of AdamW (the first one, the reference) and SAM."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.results import Results
@@ -18,7 +18,6 @@ def write_comparison(
     folders: Sequence[str | Path],
     output: str | Path,
     budgets: Sequence[float] = (),
-    training: Mapping[str, dict] | None = None,
     pattern: str = SEED_PATTERN,
 ) -> tuple[Path, Path]:
     """Write `report.md` and `report.html` that compare evaluations.
@@ -27,8 +26,6 @@ def write_comparison(
         folders (`Sequence`): output folders of `hf-sam evaluate`; the first is the reference.
         output (`str` or `Path`): where the reports go.
         budgets (`Sequence[float]`): pretraining budget of each base, for the inflection point over checkpoints.
-        training (`Mapping[str, dict]`, *optional*): what the training of base models took; see
-            [`~hf_sam.report.summary.summarize`].
         pattern (`str`): groups evaluations over training seeds by their names; see
             [`~hf_sam.report.methods.group_by_seed`].
 
@@ -39,13 +36,12 @@ def write_comparison(
         ValueError: if a folder holds no results, or they were measured on different data.
     """
     results = [Results.read(folder) for folder in folders]
-    return comparison_report(results, budgets, training, pattern).write(output)
+    return comparison_report(results, budgets, pattern).write(output)
 
 
 def comparison_report(
     results: Sequence[Results],
     budgets: Sequence[float] = (),
-    training: Mapping[str, dict] | None = None,
     pattern: str = SEED_PATTERN,
 ) -> Document:
     """The report that compares evaluations; see `write_comparison`."""
@@ -66,7 +62,7 @@ def comparison_report(
         "that loses less may still end worse."
     )
     _bases(document, results)
-    add_summary(document, summarize(results, training, pattern))
+    add_summary(document, summarize(results, pattern))
     _sweeps(document, results, methods)
     _benchmarks(document, results)
     _instruments(document, results)

@@ -1,6 +1,6 @@
 """The numbers of a comparison, and the tables that show them: damage of few bits, forgetting at equal task loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from ..evaluation.results import Results
@@ -14,16 +14,12 @@ MISSING = "missing"
 PAPER = {"forgetting after fine-tuning": 31, "damage of 4 bits": 40}
 
 
-def summarize(
-    results: Sequence[Results], training: Mapping[str, dict] | None = None, pattern: str = SEED_PATTERN
-) -> dict:
+def summarize(results: Sequence[Results], pattern: str = SEED_PATTERN) -> dict:
     """What each method lost, and how much less than the first one.
 
     Args:
         results (`Sequence[Results]`): the evaluations, grouped over training seeds by their names; the method of the
             first is the reference.
-        training (`Mapping[str, dict]`, *optional*): what the training of base models took, by evaluation: `own_steps`,
-            `sam_steps` and `passes`.
         pattern (`str`): see [`group_by_seed`].
 
     Returns:
@@ -39,11 +35,10 @@ def summarize(
     # Those that all models were quantized to.
     schemes = [scheme for scheme in first.schemes if all(scheme in one.schemes for one in results)]
     for method in methods:
-        took = [(training or {}).get(one.name) for one in method.results]
         summary["runs"][method.name] = {
             "seeds": [seed for seed in method.by_seed if seed is not None],
             "base loss": _mean_loss(method, data),
-            "training": took[0],
+            "training": method.results[0].training,
             "quantized": {scheme: _quantized(reference, method, data, scheme) for scheme in schemes},
             "fine-tuned": _fine_tuned(reference, method) if method is not reference else None,
             "sweep": [_point(one, run) for one in method.results for run in one.sweep()],
@@ -155,6 +150,19 @@ def _add_training(document: Document, summary: dict) -> None:
     if rows:
         document.heading("What the training of the base models took")
         document.table(["run", "steps", "of these with SAM", "passes over each batch"], rows)
+        if lacking := _without_equal_compute(summary):
+            names = ", ".join(f"`{name}`" for name in lacking)
+            document.text(
+                f"No run without SAM has the compute of {names}: whether more plain training would do as well is open."
+            )
+
+
+def _without_equal_compute(summary: dict) -> list[str]:
+    """Runs with SAM that took more passes than any run without it."""
+    took = {name: run["training"] or {} for name, run in summary["runs"].items()}
+    compute = {name: one["own_steps"] * one["passes"] for name, one in took.items() if "passes" in one}
+    plain = [compute[name] for name in compute if not took[name]["sam_steps"]]
+    return [name for name in compute if took[name]["sam_steps"] and compute[name] > 1.05 * max(plain, default=0.0)]
 
 
 def _add_quantized(document: Document, summary: dict) -> None:

@@ -3,14 +3,16 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from hf_sam.commands import compare, pretrain, reproduce, sweep, toy_data
 from hf_sam.evaluation import EvaluationArguments
-from hf_sam.experiments.experiment import Experiment, read_preset
+from hf_sam.experiments.experiment import PRESETS, Experiment, read_preset
 from hf_sam.experiments.stages import Chain
+from hf_sam.report.methods import group_by_seed
 from hf_sam.runtime.config import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +159,39 @@ def test_presets(file, devices, tmp_path):
     wide = {stage.name.split("/")[0] for stage in stages if stage.wide}
     on_gpus = devices > 1 and file.stem != "toy"
     assert wide == ({"pretrain", "anneal"} & {name.split("/")[0] for name in names} if on_gpus else set())
+
+
+@pytest.mark.parametrize("name", ["toy", "olmo2-1b"])
+def test_with_seeds_each_run_has_its_own_pretraining_data_order_sweep_and_evaluation(name, tmp_path):
+    preset = read_preset(name)
+    plain = Experiment(preset, tmp_path, 8).stages()
+    experiment = Experiment({**preset, "seeds": [3, 4]}, tmp_path, 8)
+    stages = Chain(experiment.stages(), tmp_path).stages
+    shared = [stage.name for stage in plain if stage.name in ("data", "report")]
+    assert len(stages) == len(shared) + 2 * (len(plain) - len(shared))
+    for seed in (3, 4):
+        anneal = stages[f"anneal/sam/seed-{seed}"]
+        assert anneal.settings["seed"] == seed
+        assert anneal.settings["output_dir"] == str(tmp_path / "anneal" / "sam" / f"seed-{seed}")
+        if name == "toy":
+            assert anneal.needs == (f"pretrain/stable/seed-{seed}",)
+            assert stages[f"pretrain/stable/seed-{seed}"].settings["seed"] == seed
+        (sweep, *_) = (one for one in stages.values() if one.name.startswith(f"sft/sam/seed-{seed}"))
+        assert sweep.settings["seed"] == seed
+        assert sweep.settings["model_name_or_path"] == anneal.settings["output_dir"]
+        assert stages[f"evaluate/sam/seed-{seed}"].settings["runs"][0].startswith(f"sam-seed-{seed}=")
+    runs = [run.partition("=")[0] for run in stages["report"].settings["runs"]]
+    methods = group_by_seed([SimpleNamespace(name=run) for run in runs])
+    assert {method.name: list(method.by_seed) for method in methods} == {
+        method: [3, 4] for method in experiment.runs("anneal")
+    }
+
+
+@pytest.mark.parametrize("seeds", [[1, 1], [-1], 3, ["one"], [1.5], [True]])
+def test_seeds_are_different_integers(seeds, tmp_path):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"extends": str(PRESETS / "toy.yaml"), "seeds": seeds}))
+    with pytest.raises(ValueError, match="must be a list of different integers"):
+        read_preset(str(tmp_path / "own.yaml"))
 
 
 def test_an_unknown_preset_is_refused(tmp_path):

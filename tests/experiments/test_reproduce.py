@@ -123,7 +123,7 @@ def test_killed_in_the_middle_and_given_again_it_ends_in_one_report(preset, tmp_
     for name in ("adamw", "sam"):
         state = json.loads((output / "anneal" / name / "checkpoint-18" / "trainer_state.json").read_text())
         assert state["global_step"] == 18
-        assert state["stateful_callbacks"]["CheckpointRecord"]["attributes"]["data"]["row"] == 18 * 16
+        assert state["stateful_callbacks"]["CheckpointRecord"]["attributes"]["data"]["row"] == 27 * 16
 
 
 # Two GPUs, for the eyes of the command only: the processes that it launches train on the CPU.
@@ -189,7 +189,7 @@ def test_a_sweep_is_one_stage_a_rate_on_gpus_and_one_stage_on_the_cpu(tmp_path):
     """On any number of devices, so that a scheduler can name the stages."""
     for devices in (2, 8):
         stages = Experiment(read_preset("olmo2-1b"), tmp_path, devices).stages()
-        assert sum(stage.name.startswith("sft/") for stage in stages) == 18
+        assert sum(stage.name.startswith("sft/") for stage in stages) == 27
         evaluated = next(stage for stage in stages if stage.name == "evaluate/sam")
         assert len(evaluated.needs) == 9
         toy = Experiment(read_preset("toy"), tmp_path, devices).stages()

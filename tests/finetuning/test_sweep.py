@@ -109,6 +109,16 @@ def test_a_sweep_makes_one_model_a_rate_and_goes_on_with_those_that_are_missing(
     assert difference(weights(tmp_path / "lr-0.005"), weights(tmp_path / "lr-0.002")) > 1e-3
 
 
+def test_each_seed_has_a_sweep_on_the_same_held_out_examples(launch, config, finished, tmp_path):
+    job = run(launch, config, tmp_path, "--seeds", "42", "7", ranks=1, strategy="single")
+    assert job.status == [0], job.output[0][-3000:]
+    one, other = (tmp_path / f"seed-{seed}" for seed in (42, 7))
+    assert (one / "held_out.jsonl").read_bytes() == (other / "held_out.jsonl").read_bytes()
+    # 42 is the seed that a sweep has without the flag.
+    assert difference(weights(finished("single", 1) / "lr-0.002"), weights(one / "lr-0.002")) == 0
+    assert difference(weights(one / "lr-0.002"), weights(other / "lr-0.002")) > 1e-4
+
+
 def test_sam_adapters_rehearsal_and_a_budget_together(launch, config, training_files, tmp_path):
     flags = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--lora_r", "2", "--max_steps", "-1"]
     flags += ["--rehearsal_data", str(training_files / "old.jsonl"), "--rehearsal_share", "0.2"]

@@ -98,3 +98,17 @@ def test_seeds_that_one_method_lacks_are_left_out_of_its_reduction():
     assert sam["reduction"]["value"] == pytest.approx(100 * (1 - 0.06 / 0.11))
     assert sam["reduction seeds"] == 2
     assert "damage [95%, 2 to 3 seeds] | reduction [95%, 2 seeds]" in text_of(summary)
+
+
+def trained(one: Results, steps: int, sam_steps: int, passes: float) -> Results:
+    one.record["models"][0]["training"] = {"own_steps": steps, "sam_steps": sam_steps, "passes": passes}
+    return one
+
+
+def test_a_run_with_sam_without_its_equal_compute_is_said():
+    adamw = trained(results("adamw", 3.0, 3.1, {}), 100, 0, 1.0)
+    sam = trained(results("sam", 3.0, 3.05, {}), 100, 100, 2.0)
+    more = trained(results("more", 2.9, 3.05, {}), 200, 0, 1.0)
+    assert "No run without SAM has the compute of `sam`" in text_of(summarize([adamw, sam]))
+    assert "No run without SAM" not in text_of(summarize([adamw, sam, more]))
+    assert "| sam | 100 | 100 | 2.00 |" in text_of(summarize([adamw, sam, more]))
