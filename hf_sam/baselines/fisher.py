@@ -2,8 +2,9 @@
 
     F_i = E[(d log p(y | x) / d w_i)^2]
 
-with one gradient per sequence. The squared gradient of a batch is not the same: gradients of opposite sign cancel, and
-it is smaller by up to the batch size.
+with one gradient per sequence. The squared gradient of a batch, which the code of arXiv 2605.02105 takes, is not the
+same: gradients of opposite sign cancel, and it is smaller by up to the batch size. Values of lambda do not carry over
+from one to the other.
 """
 
 import copy
@@ -30,6 +31,7 @@ def estimate_fisher(
     *,
     labels: str = "data",
     sequences: int | None = None,
+    batch_size: int = 1,
     parameters: str | None = None,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
@@ -44,6 +46,8 @@ def estimate_fisher(
         labels (`str`, defaults to `"data"`): `"data"`: the tokens of the data (empirical Fisher, as in arXiv
             2605.02105); `"model"`: tokens sampled from the predictions of the model (true Fisher).
         sequences (`int`, *optional*): number of rows to use; all when omitted.
+        batch_size (`int`, defaults to 1): sequences of each gradient. Above 1, F is that of batch gradients, as in the
+            code of arXiv 2605.02105: use it with the lambdas of the paper.
         parameters (`str`, *optional*): regular expression over parameter names; all trainable ones when omitted.
         seed (`int`, defaults to 0): seed of the sampled tokens.
 
@@ -55,9 +59,11 @@ def estimate_fisher(
     """
     if labels not in ("data", "model"):
         raise ValueError(f"labels={labels!r} must be 'data' or 'model'.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be 1 or larger.")
     if isinstance(data, torch.utils.data.DataLoader):
         raise ValueError("The Fisher information needs single sequences: pass the dataset instead of a dataloader.")
-    rows = batches_of(_first(data, sequences), batch_size=1)
+    rows = batches_of(_first(data, sequences), batch_size)
     with measuring(model, exact=True) as inner:
         params = floating_parameters(inner, parameters, "The Fisher information", trainable=True)
         check_precise(params, "The Fisher information")

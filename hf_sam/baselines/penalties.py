@@ -53,7 +53,7 @@ class EWCArguments:
         default=0.0,
         metadata={
             "help": "[penalty] lambda of lambda / 2 * sum F (w - w_base)^2. 0 turns it off; arXiv 2605.02105 uses "
-            "1e3 to 1e5."
+            "1e3 to 1e5 with the F of batch gradients: estimate_fisher(batch_size=...)."
         },
     )
     ewc_fisher: str | None = field(

@@ -6,7 +6,8 @@ on batch size, padding, packing or the number of processes. Each stands in one f
 
 - loss: [`HeldOutData`], [`held_out_loss`]; forgetting is in `hf_sam.statistics`
 - quantization: [`quantization_damage`], [`load_quantized`], [`round_to_nearest`]
-- sharpness: [`noise_kl`], [`noise_sensitivity`], [`sam_sharpness`], [`hessian_spectrum`]
+- sharpness: [`noise_kl`], [`relative_noise_kl`], [`noise_sensitivity`], [`sam_sharpness`], [`hessian_spectrum`],
+  [`relative_hessian_trace`], [`weight_norm`]
 - landscape: [`loss_along_line`], [`loss_on_plane`], [`loss_on_random_plane`]
 - similarity: [`representation_similarity`], [`weight_distance`]
 - benchmarks: [`run_benchmarks`], [`score_change`]
@@ -21,9 +22,12 @@ from pathlib import Path
 from .loss import held_out_loss
 from .benchmarks import OLMES_CORE_9, BenchmarkResult, run_benchmarks, score_change
 from .kl import NoiseKL, noise_kl
+from .relative_kl import relative_noise_kl
 from .noise import NoiseSensitivity, noise_sensitivity
 from .sam import SAMSharpness, sam_sharpness
 from .hessian import Hessian, HessianSpectrum, hessian_spectrum
+from .relative_trace import RelativeTrace, relative_hessian_trace
+from .weight_norm import weight_norm
 from .line import LossLine, loss_along_line
 from .plane import loss_on_plane
 from .random_plane import loss_on_random_plane
@@ -63,6 +67,7 @@ __all__ = [
     "Plot",
     "QuantizationDamage",
     "Quantized",
+    "RelativeTrace",
     "RepresentationSimilarity",
     "SAMSharpness",
     "Setting",
@@ -80,12 +85,15 @@ __all__ = [
     "quantization_damage",
     "quantized",
     "register",
+    "relative_hessian_trace",
+    "relative_noise_kl",
     "representation_similarity",
     "round_to_nearest",
     "run_benchmarks",
     "sam_sharpness",
     "score_change",
     "weight_distance",
+    "weight_norm",
 ]
 
 

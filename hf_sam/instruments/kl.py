@@ -9,6 +9,7 @@ import torch
 from ..statistics.estimate import standard_error
 from .batches import shared_batches
 from .displacement import Displacement, GaussianNoise, check_noise_survives, floating_parameters, sample_seed
+from .layer_scales import layer_scales
 from .loss import CHUNK_LOGITS, TokenSums, counted_logits
 from .measuring import measuring
 from .registry import Column, Instrument, register, with_error
@@ -20,13 +21,14 @@ class NoiseKL:
 
     Attributes:
         samples (`tuple[float, ...]`): nats per token, one for each noise sample.
-        sigma (`float`): standard deviation of the noise.
+        sigma (`float`): standard deviation of the noise; with `relative_to`, in units of each tensor's scale.
         tokens (`int`): number of tokens that each sample is averaged over.
     """
 
     samples: tuple[float, ...]
     sigma: float
     tokens: int
+    relative_to: str | None = None
 
     @property
     def value(self) -> float:
@@ -46,6 +48,7 @@ class NoiseKL:
             "samples": list(self.samples),
             "sigma": self.sigma,
             "tokens": self.tokens,
+            "relative_to": self.relative_to,
         }
 
 
@@ -54,6 +57,7 @@ def noise_kl(
     data,
     *,
     sigma: float = 1e-5,
+    relative_to: str | None = None,
     samples: int = 10,
     batch_size: int = 8,
     parameters: str | None = None,
@@ -68,7 +72,10 @@ def noise_kl(
     Args:
         model (`torch.nn.Module`): a causal language model with fp32 weights.
         data: what to measure on; see [`held_out_loss`].
-        sigma (`float`, defaults to 1e-5): standard deviation of the noise, the same for all weights.
+        sigma (`float`, defaults to 1e-5): standard deviation of the noise, the same for all weights; with
+            `relative_to`, in units of the scale of each weight tensor.
+        relative_to (`str`, *optional*): the scale; see [`~hf_sam.instruments.layer_scales.layer_scales`]. Relative to
+            `"weights"`, the result does not change with a rescaling of layers that leaves the function alone.
         samples (`int`, defaults to 10): noise samples.
         batch_size (`int`, defaults to 8): rows a batch.
         parameters (`str`, *optional*): regular expression of the weights that get noise; all when omitted.
@@ -84,7 +91,11 @@ def noise_kl(
         raise ValueError(f"samples={samples} must be 1 or larger.")
     with measuring(model, exact=True) as inner, torch.no_grad():
         params = floating_parameters(inner, parameters, "The KL divergence under noise")
-        noises = [GaussianNoise(params, float(sigma), seed=sample_seed(seed, sample)) for sample in range(samples)]
+        deviations = float(sigma)
+        if relative_to is not None:
+            scales = layer_scales(inner, params, relative_to, seed)
+            deviations = {name: sigma * scale for name, scale in scales.items()}
+        noises = [GaussianNoise(params, deviations, seed=sample_seed(seed, sample)) for sample in range(samples)]
         check_noise_survives(inner, params, noises[0])
         sums = [TokenSums() for _ in range(samples)]
         with Displacement(inner, params) as displacement:
@@ -96,7 +107,7 @@ def noise_kl(
                     divergences.add(batch, kl_divergence(clean, counted_logits(inner, batch)[0]), counts)
         totals = [divergences.totals() for divergences in sums]
     values = tuple(float(divergences.sum() / tokens.sum()) for divergences, tokens in totals)
-    return NoiseKL(values, float(sigma), int(totals[0][1].sum()))
+    return NoiseKL(values, float(sigma), int(totals[0][1].sum()), relative_to)
 
 
 def kl_divergence(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

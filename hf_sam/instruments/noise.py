@@ -1,6 +1,5 @@
 """Sensitivity of the loss to noise in proportion to each layer's scale (arXiv 2503.19206, section 3)."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from ..runtime.progress import progress
 from ..statistics.estimate import standard_error
 from ..statistics.losses import HeldOutLoss
 from .displacement import Displacement, GaussianNoise, check_noise_survives, floating_parameters, sample_seed
+from .layer_scales import RELATIVE_TO, layer_scales
 from .loss import held_out_loss
 from .measuring import measuring
-from .registry import Instrument, Plot, register
+from .registry import Instrument, Plot, Setting, register
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class NoiseSensitivity:
         strengths (`tuple[float, ...]`): noise, in units of each layer's scale.
         loss (`float`): without noise, in nats per token.
         losses (`tuple[tuple[float, ...], ...]`): with noise; one tuple of samples for each strength.
-        relative_to (`str`): `"initialization"` or `"weights"`.
+        relative_to (`str`): `"initialization"`, `"weights"` or `"inverse_norm"`.
     """
 
     strengths: tuple[float, ...]
@@ -76,10 +76,8 @@ def noise_sensitivity(
         data: what to measure on; see [`held_out_loss`].
         strengths (`Sequence[float]`): standard deviations of the noise in units of the scale of each weight tensor;
             those of arXiv 2605.02105 when omitted.
-        relative_to (`str` or `dict[str, float]`, defaults to `"initialization"`): `"initialization"`: the scale is the
-            standard deviation of the tensor in a freshly initialized model of the same config, which is 0 for norms
-            (they start at a constant), so those get no noise; `"weights"`: the root mean square of the tensor as it
-            is; or scales by name.
+        relative_to (`str` or `dict[str, float]`, defaults to `"initialization"`): the scale of each weight tensor; see
+            [`~hf_sam.instruments.layer_scales.layer_scales`]. Norms get no noise relative to their initialization.
         samples (`int`, defaults to 3): noise samples at each strength.
         batch_size (`int`, defaults to 8): rows a batch.
         parameters (`str`, *optional*): regular expression of the weights that get noise; all when omitted.
@@ -119,41 +117,6 @@ def noise_sensitivity(
     )
 
 
-def layer_scales(
-    model: torch.nn.Module, params: dict[str, torch.nn.Parameter], relative_to: str | dict[str, float], seed: int = 0
-) -> dict[str, float]:
-    """Scale of each weight tensor by name: see `noise_sensitivity`."""
-    if isinstance(relative_to, dict):
-        unknown = sorted(relative_to.keys() - params.keys())
-        if unknown:
-            raise ValueError(f"relative_to names weights that the model does not have: {unknown[:3]}.")
-        return relative_to
-    if relative_to == "weights":
-        return {name: param.detach().float().square().mean().sqrt().item() for name, param in params.items()}
-    if relative_to != "initialization":
-        raise ValueError(f"relative_to={relative_to!r} must be 'initialization', 'weights', or scales by name.")
-    fresh = dict(_fresh(model, seed).named_parameters())
-    missing = sorted(params.keys() - fresh.keys())
-    if missing:
-        raise ValueError(
-            f"A fresh model of this config has no {missing[0]!r}, so its scale at initialization is unknown. Merge "
-            "adapters first, or pass relative_to='weights' or scales by name."
-        )
-    return {name: fresh[name].float().std(correction=0).item() for name in params}
-
-
-def _fresh(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    config = getattr(model, "config", None)
-    if not hasattr(type(model), "_from_config"):
-        raise ValueError(
-            "relative_to='initialization' needs a transformers model, to initialize another one of its config; pass "
-            "relative_to='weights' or scales by name."
-        )
-    # The random streams are put back by `measuring`.
-    torch.manual_seed(seed)
-    return type(model)._from_config(copy.deepcopy(config), dtype=torch.float32)
-
-
 def plot_noise(measured: Mapping[str, dict]) -> bytes:
     """Growth of the loss with the strength of the noise.
 
@@ -175,9 +138,18 @@ register(
     Instrument(
         name="noise",
         group="sharpness",
-        help="loss under noise in proportion to each layer's weights at initialization",
+        help="loss under noise in proportion to each layer's scale",
         measure=lambda model, data, **options: noise_sensitivity(model, data, **options).to_dict(),
-        options=lambda settings: {"seed": settings.seed},
+        settings=(
+            Setting(
+                "noise_relative_to",
+                "initialization",
+                "Scale of the noise in each tensor: its deviation at initialization (text of arXiv 2605.02105), "
+                "inverse_norm (1 / ||W||, its code), or the root mean square of the weights.",
+                lambda value: None if value in RELATIVE_TO else f"must be one of {', '.join(RELATIVE_TO)}",
+            ),
+        ),
+        options=lambda settings: {"seed": settings.seed, "relative_to": settings.noise_relative_to},
         plots=lambda results: [
             Plot("noise", "Growth of the loss under noise in proportion to each layer", plot_noise(results))
         ],

@@ -40,6 +40,21 @@ def test_it_is_not_the_square_of_the_mean_gradient():
     assert fisher.sum() > 3 * (grad**2).sum()
 
 
+def test_with_a_batch_it_is_the_square_of_the_gradient_of_the_batch():
+    """Losses are means over the tokens of the batch, as in the training loss."""
+    model = sharp_olmo2()
+    fisher = estimate_fisher(model, held_out(5), batch_size=5)["lm_head.weight"]
+    losses = [
+        torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+        for ids in (torch.tensor([row["input_ids"]]) for row in token_rows(5))
+    ]
+    tokens = sum(len(row["input_ids"]) - 1 for row in token_rows(5))
+    (grad,) = torch.autograd.grad(sum(losses) / tokens, [model.lm_head.weight])
+    torch.testing.assert_close(fisher, grad**2, rtol=1e-4, atol=1e-9)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        estimate_fisher(model, held_out(2), batch_size=0)
+
+
 def test_only_the_first_sequences_count():
     model = sharp_olmo2()
     some, first = estimate_fisher(model, held_out(8), sequences=3), by_hand(model, token_rows(8)[:3])

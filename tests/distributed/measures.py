@@ -19,6 +19,8 @@ from hf_sam.instruments import (
     loss_along_line,
     noise_kl,
     noise_sensitivity,
+    relative_hessian_trace,
+    relative_noise_kl,
     representation_similarity,
     sam_sharpness,
 )
@@ -107,6 +109,8 @@ def instruments(strategy: str, output_dir: Path) -> None:
         "alone": held_out_loss(model, data, batch_size=100).document_losses,
         "cut": held_out_loss(model, HeldOutData([row.__dict__ for row in data.rows], max_length=4)).document_losses,
         "kl": noise_kl(model, data, sigma=1e-3, samples=2, **common).samples,
+        "relative kl": relative_noise_kl(model, data, sigma=1e-2, samples=2, **common).samples,
+        "relative trace": relative_hessian_trace(model, data, probes=2, **common).value,
         "sensitivity": noise_sensitivity(model, data, strengths=(0.1,), samples=2, **common).losses[0],
         "sam": sam_sharpness(model, data, **common).perturbed_loss,
         "hessian": hessian_spectrum(tiny.double(), data, probes=3, eigenvalues=1, tolerance=1e-6, **common).to_dict(),

@@ -64,6 +64,8 @@ def test_instruments_do_not_depend_on_the_number_of_processes(results):
     for name in ("losses", "loader", "alone", "cut", "sensitivity", "angles", "similar alone"):
         np.testing.assert_allclose(shared[name], alone[name], rtol=1e-9, err_msg=name)
     np.testing.assert_allclose(shared["kl"], alone["kl"], rtol=1e-9)
+    np.testing.assert_allclose(shared["relative kl"], alone["relative kl"], rtol=1e-9)
+    assert shared["relative trace"] == pytest.approx(alone["relative trace"], rel=1e-3)
     # Gradients are summed in fp32.
     assert shared["sam"] == pytest.approx(alone["sam"], rel=1e-6)
     np.testing.assert_allclose(shared["line"], alone["line"], rtol=1e-4)

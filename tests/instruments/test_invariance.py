@@ -11,6 +11,8 @@ from hf_sam.instruments import (
     loss_along_line,
     noise_kl,
     noise_sensitivity,
+    relative_hessian_trace,
+    relative_noise_kl,
     representation_similarity,
     sam_sharpness,
 )
@@ -39,6 +41,8 @@ def product(data):
 
 MEASURES = {
     "KL": (lambda data: noise_kl(MODEL, data, sigma=1e-3, samples=2).value, 1e-4),
+    "relative KL": (lambda data: relative_noise_kl(MODEL, data, sigma=1e-2, samples=2).value, 1e-4),
+    "relative trace": (lambda data: relative_hessian_trace(MODEL, data, probes=2).value, 1e-3),
     "sensitivity": (lambda data: noise_sensitivity(MODEL, data, strengths=(0.5,), samples=1).losses[0][0], 1e-6),
     "SAM": (lambda data: sam_sharpness(MODEL, data).value, 1e-3),
     "Hessian": (product, 1e-3),

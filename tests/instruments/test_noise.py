@@ -160,8 +160,8 @@ def test_sensitivity_by_hand(model):
 
 
 def test_scale_at_initialization_is_that_of_the_config(model):
+    from hf_sam.instruments.layer_scales import layer_scales
     from hf_sam.instruments.measuring import measuring
-    from hf_sam.instruments.noise import layer_scales
 
     with torch.no_grad():
         grown = sharp_olmo2()
