@@ -22,6 +22,7 @@ LAYERS = (
     "pretraining",
     "planning",
     "face",
+    "quantizers",
     "instruments",
     "statistics",
     "step",

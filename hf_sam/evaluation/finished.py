@@ -44,6 +44,13 @@ def differences(before: dict, now: dict) -> list[str]:
         found.append(f"its base is {before['models'][0]['name']!r}, not {now['models'][0]['name']!r}")
     found += _changed("model", before["models"], now["models"], "weights")
     found += _changed("data", before["data"], now["data"], "tokens")
+    for one in before["quantized"]:
+        label = f"{one['model']}/{one['scheme']}"
+        same = [o for o in now["quantized"] if (o["model"], o["scheme"]) == (one["model"], one["scheme"])]
+        if not same:
+            found.append(f"its quantized model {label!r} is left out")
+        elif same[0]["fingerprint"] != one["fingerprint"]:
+            found.append(f"its quantized model {label!r} had other weights")
     for role in ("old", "task"):
         first, other = ([d["name"] for d in record["data"] if d["role"] == role][:1] for record in (before, now))
         if first and first != other and other:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import os
+from pathlib import PurePath
 
 from ..instruments import HeldOutData
+from ..quantizers import QUANTIZERS
+from ..quantizers.ready_made import ReadyMade, find_ready_made
 from ..runtime.dataset_specs import data_files, open_split, parse_spec
 from ..runtime.models import LocalModel
 from ..runtime.packages import require
@@ -22,6 +25,30 @@ def with_distinct_names(sources: list[LocalModel]) -> list[LocalModel]:
     if twice:
         raise ValueError(f"The model {twice[0]!r} is named twice; give them names: NAME=PATH.")
     return sources
+
+
+def find_quantized(specs: list[str], models: list[LocalModel]) -> list[ReadyMade]:
+    """Models that somebody else quantized, from `[MODEL/]NAME=PATH`; the base, the first of `models`, if omitted.
+
+    Raises:
+        ValueError: for an unknown model, two of one name, a name of a scheme, or a model that is not quantized.
+    """
+    found: list[ReadyMade] = []
+    for spec in specs:
+        label, equals, place = spec.partition("=")
+        if not equals or os.path.exists(spec):
+            label, place = PurePath(spec.partition("@")[0]).name.removesuffix(".gguf"), spec
+        named, _, scheme = label.rpartition("/")
+        known = {model.name: model for model in models}
+        model = known.get(named) if named else models[0]
+        if model is None:
+            raise ValueError(f"--quantized {spec}: there is no model {named!r}, only {', '.join(known)}.")
+        if not scheme or scheme in QUANTIZERS:
+            raise ValueError(f"--quantized {spec}: {scheme!r} cannot be its name; choose another: NAME=PATH.")
+        if any(one.scheme == scheme and one.model is model for one in found):
+            raise ValueError(f"--quantized names two models {scheme!r}; give them other names: NAME=PATH.")
+        found.append(find_ready_made(scheme, place, model))
+    return found
 
 
 def check_same_shapes(base: LocalModel, tuned: LocalModel) -> None:

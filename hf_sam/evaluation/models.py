@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from ..baselines.wise_ft import wise_ft
-from ..instruments.quantization import Quantized, is_rounding, load_source_quantized, quantized
+from ..instruments import HeldOutData
+from ..quantizers import QUANTIZERS, Quantized, load_ready_made, quantized
+from ..quantizers.loading import load_source_quantized
+from ..quantizers.ready_made import ReadyMade
 from ..runtime.distributed import default_device
 from ..runtime.models import LocalModel
 
@@ -53,15 +56,21 @@ class Models:
             yield next(sweep)[1], None
 
     @contextlib.contextmanager
-    def quantized(self, source: LocalModel, scheme: str) -> Iterator[Variant]:
+    def quantized(self, source: LocalModel, scheme: str, calibration: HeldOutData | None = None) -> Iterator[Variant]:
         """The quantized model."""
-        if is_rounding(scheme):
+        if QUANTIZERS[scheme].simulated:
             self.release(but=source)
             with quantized(self.get(source), scheme) as variant:
                 yield variant
             return
         self.release()
-        yield load_source_quantized(source, scheme, self.dtype, self.device_map)
+        yield load_source_quantized(source, scheme, self.dtype, self.device_map, calibration)
+
+    @contextlib.contextmanager
+    def ready_made(self, made: ReadyMade) -> Iterator[Variant]:
+        """A model that somebody else quantized."""
+        self.release()
+        yield load_ready_made(made, self.dtype, self.device_map)
 
     @contextlib.contextmanager
     def kept_inside(self) -> Iterator[None]:

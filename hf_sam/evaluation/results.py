@@ -22,10 +22,10 @@ class Results:
         self.old = [data["name"] for data in record["data"] if data["role"] == "old"]
         self.tasks = [data["name"] for data in record["data"] if data["role"] == "task"]
 
-    @property
-    def schemes(self) -> list[str]:
-        """Schemes that the models were quantized to."""
-        return self.record["settings"]["quantize"]
+    def schemes(self, model: str | None = None) -> list[str]:
+        """Schemes that a model (the base if omitted) was quantized to, here or by somebody else."""
+        made = [one["scheme"] for one in self.record["quantized"] if one["model"] == (model or self.base)]
+        return [*self.record["settings"]["quantize"], *made]
 
     @property
     def training(self) -> dict | None:

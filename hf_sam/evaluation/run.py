@@ -7,6 +7,7 @@ packages are known to be there.
 
 import contextlib
 import functools
+import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,16 +16,18 @@ from pathlib import Path
 import torch
 
 from ..instruments import HeldOutData, Instrument
-from ..instruments.quantization import is_rounding
+from ..quantizers import QUANTIZERS
+from ..quantizers.loading import check_runnable, device_type
+from ..quantizers.ready_made import ReadyMade
 from ..runtime.disk import write_json
 from ..runtime.distributed import compute_on_first, rank_and_world
-from ..runtime.environment import environment, versions
+from ..runtime.environment import PACKAGES, environment, versions
 from ..runtime.errors import MeasurementError
 from ..runtime.models import LocalModel, check_same_tokens, find_model
 from ..runtime.packages import require
 from ..runtime.run_record import read_finished
 from .finished import check_same_evaluation
-from .inputs import check_same_shapes, load_held_out, with_distinct_names
+from .inputs import check_same_shapes, find_quantized, load_held_out, with_distinct_names
 from .models import Models, Variant
 from .settings import EvaluationArguments
 from .store import FAILURES, PartStore
@@ -54,12 +57,13 @@ class Evaluation:
         self.settings = settings
         self.instruments = settings.instruments
         self.started = time.time()
+        self.models = Models(getattr(torch, settings.dtype), settings.device)
         self._check_packages()
         self.store = PartStore(settings.output, versions())
-        self.models = Models(getattr(torch, settings.dtype), settings.device)
         self.sources = with_distinct_names([find_model(spec) for spec in (settings.base, *settings.tuned)])
         self.base, *self.tuned = self.sources
         self.tokenizer = self.base.tokenizer()
+        self.ready_made = find_quantized(settings.quantized, self.sources)
         self._check_models()
         self.data = self._load(settings.data, settings.data_column, self.tokenizer)
         column = settings.task_column or settings.data_column
@@ -68,6 +72,7 @@ class Evaluation:
         self.task_data = self._load(settings.task_data, column, *chats[:1] or [self.tokenizer])
         if both := self.data.keys() & self.task_data.keys():
             raise ValueError(f"--data and --task_data both have a {both.pop()!r}; give them names: NAME=PATH.")
+        self.calibration = self._load_calibration()
         first = next(iter(self.data.values()))
         self.first_documents = first.first(settings.sharpness_documents)
         for instrument in self.instruments:
@@ -90,7 +95,7 @@ class Evaluation:
                 check_same_shapes(self.base, source)
         for source in self.sources:
             source.check_length(settings.max_length)
-            if source.base is not None and not all(map(is_rounding, settings.quantize)):
+            if source.base is not None and any(QUANTIZERS[scheme].through_disk for scheme in settings.quantize):
                 source.check_space(self.models.dtype)
         whole = [i.flag for i in self.instruments if i.whole]
         if whole and settings.device == "auto" and torch.accelerator.device_count() > 1:
@@ -108,8 +113,8 @@ class Evaluation:
         for instrument in self.instruments:
             for package in instrument.packages:
                 require(package, instrument.flag)
-        if not all(map(is_rounding, self.settings.quantize)):
-            require("bitsandbytes", "--quantize")
+        for scheme in self.settings.quantize:
+            check_runnable(QUANTIZERS[scheme], device_type(self.models.device_map), self.settings.calibration_data)
 
     def _load(self, specs: list[str], column: str, tokenizer) -> dict[str, HeldOutData]:
         settings = self.settings
@@ -127,6 +132,16 @@ class Evaluation:
                 raise ValueError(f"Two datasets are named {name!r}; give them other names: NAME=PATH.")
             loaded[name] = data
         return loaded
+
+    def _load_calibration(self) -> HeldOutData | None:
+        settings = self.settings
+        if not settings.calibration_data:
+            return None
+        (data,) = self._load([settings.calibration_data], settings.data_column, self.tokenizer).values()
+        for name, held_out in (self.data | self.task_data).items():
+            if held_out.fingerprint() == data.fingerprint():
+                raise ValueError(f"--calibration_data are the held-out data {name!r}; calibrate on other documents.")
+        return data
 
     def run(self) -> dict:
         """Measure all parts, and write and return the record."""
@@ -158,8 +173,19 @@ class Evaluation:
                     opened = functools.partial(self.models.interpolated, self.base, source, alpha)
                     self._measure_variant(source, f"wise-ft {alpha:g}", {"base": self.base.fingerprint}, opened)
             for scheme in settings.quantize:
-                opened = functools.partial(self.models.quantized, source, scheme)
-                self._measure_variant(source, scheme, {}, opened)
+                calibration = self.calibration if QUANTIZERS[scheme].calibrated else None
+                depends = _quantizer(scheme) | ({} if calibration is None else _documents(calibration, "calibration"))
+                opened = functools.partial(self.models.quantized, source, scheme, calibration)
+                self._measure_variant(source, scheme, depends, opened)
+            for made in self._ready_made(source):
+                opened = functools.partial(self.models.ready_made, made)
+                self._measure_variant(source, made.scheme, {"quantized weights": made.fingerprint}, opened)
+
+    def _ready_made(self, source: LocalModel) -> list[ReadyMade]:
+        return [made for made in self.ready_made if made.model is source]
+
+    def _quantized_variants(self, source: LocalModel) -> list[str]:
+        return [*self.settings.quantize, *(made.scheme for made in self._ready_made(source))]
 
     def _measure_triple(self, instrument: Instrument):
         sources = [self.base, *self.tuned[:2]]
@@ -186,7 +212,7 @@ class Evaluation:
         try:
             with opened() as (model, made_of):
                 for about, depends, measure in parts:
-                    needs = [(source.name, "")] if variant in self.settings.quantize else []
+                    needs = [(source.name, "")] if variant in self._quantized_variants(source) else []
                     needs += [(source.name, variant)] if about["part"] not in ("loss", "quantized") else []
                     self._store(about, depends, functools.partial(measure, model, made_of), needs)
                     left.pop(0)
@@ -201,8 +227,8 @@ class Evaluation:
     ) -> Iterator[tuple[dict, dict, Callable]]:
         settings = self.settings
         common = {"model": source.name, "variant": variant}
-        if variant in settings.quantize:
-            proof = lambda model, made_of: {**vars(made_of), "bits": made_of.bits}  # noqa: E731
+        if variant in self._quantized_variants(source):
+            proof = lambda model, made_of: made_of.to_dict()  # noqa: E731
             yield {"part": "quantized", **common}, depends, proof
         for instrument in self._of("variant"):
             options = {"batch_size": settings.batch_size, "tokenizer": self.tokenizer, **instrument.options(settings)}
@@ -293,6 +319,10 @@ class Evaluation:
                 }
                 for name, data in (self.data | self.task_data).items()
             ],
+            "quantized": [
+                {"scheme": made.scheme, "model": made.model.name, "spec": made.spec, "fingerprint": made.fingerprint}
+                for made in self.ready_made
+            ],
             "parts": self.store.records,
         }
 
@@ -301,5 +331,11 @@ def _raise(error: BaseException) -> dict:
     raise error
 
 
-def _documents(data: HeldOutData) -> dict:
-    return {"documents": data.fingerprint()}
+def _documents(data: HeldOutData, name: str = "documents") -> dict:
+    return {name: data.fingerprint()}
+
+
+def _quantizer(scheme: str) -> dict:
+    """Versions of the packages that quantize, where they are not in the environment of every result."""
+    packages = [one for one in QUANTIZERS[scheme].packages if one not in PACKAGES]
+    return {package: importlib.metadata.version(package) for package in packages}

@@ -6,14 +6,15 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from ..instruments import INSTRUMENTS, Instrument
-from ..instruments.quantization import SCHEMES, check_scheme
 from ..instruments.registry import groups
+from ..quantizers import QUANTIZERS
+from ..quantizers.registry import find_quantizer
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _flag(default, text: str, **metadata):
-    metadata = {"help": text, **metadata}
+    metadata = {"help": text.replace("%", "%%"), **metadata}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -50,7 +51,14 @@ class EvaluationArguments:
     max_documents: int = _flag(1000, "How many documents of each dataset are used.")
     max_length: int = _flag(1024, "Tokens in a row; longer documents take several rows.")
     batch_size: int = _flag(8, "Rows in a batch. In float32 no result depends on it.")
-    quantize: list[str] = _flag([], f"Quantize each model: {', '.join(SCHEMES)}.")
+    quantize: list[str] = _flag([], "Quantize each model.")
+    quantized: list[str] = _flag(
+        [],
+        "Models that somebody else quantized, for the same tables: [MODEL/]NAME=PATH, where MODEL is the name of the "
+        "model in full precision (the base if omitted) and PATH a folder, a Hub id, or a GGUF file (also "
+        "HUB/ID/FILE.gguf), which llama.cpp evaluates.",
+    )
+    calibration_data: str = _flag("", "Data for the schemes that calibrate, of the kind of the training data.")
     wise_ft: list[float] = _flag([], "Interpolate from the base (0) to each tuned model (1), e.g. 0.25 0.5 0.75.")
     sharpness_documents: int = _flag(64, "Documents of the first dataset for sharpness, landscape and similarity.")
     dtype: str = _flag("float32", "Precision in which models are loaded.")
@@ -72,7 +80,8 @@ class EvaluationArguments:
         if not self.data:
             raise ValueError("An evaluation needs --data: held-out text of the kind that the base was trained on.")
         for scheme in self.quantize:
-            check_scheme(scheme)
+            if find_quantizer(scheme).calibrated and not self.calibration_data:
+                raise ValueError(f"--quantize {scheme} needs --calibration_data, which must not be held-out data.")
         if self.dtype not in _DTYPES:
             raise ValueError(f"--dtype {self.dtype} must be one of {', '.join(_DTYPES)}.")
         for name in ("max_documents", "batch_size", "sharpness_documents"):
@@ -147,6 +156,8 @@ def arguments_class() -> type[EvaluationArguments]:
             kind = list[str] if isinstance(setting.default, list) else type(setting.default)
             fields.append((setting.name, kind, _flag(setting.default, setting.help)))
     names = [one.name for one in dataclasses.fields(EvaluationArguments)] + [name for name, *_ in fields]
+    text = "; ".join(f"{one.scheme}: {one.help}" for one in QUANTIZERS.values())
+    fields.append(("quantize", list[str], _flag([], f"Quantize each model. {text}.")))
     if taken := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"Two flags of instruments or of the command are named --{taken[0]}; rename the newer one.")
     return dataclasses.make_dataclass(

@@ -1,11 +1,11 @@
-"""Instruments: forgetting, quantization damage, sharpness, landscape and similarity of models.
+"""Instruments: forgetting, sharpness, landscape and similarity of models.
 
 Each is a function of a model and held-out data. It leaves the model bitwise as it was, and its result does not depend
 on batch size, padding, packing or the number of processes. Each stands in one file, which registers an [`Instrument`];
 `hf-sam evaluate`, reports and callbacks read the [registry](~hf_sam.instruments.registry).
 
-- loss: [`HeldOutData`], [`held_out_loss`]; forgetting is in `hf_sam.statistics`
-- quantization: [`quantization_damage`], [`load_quantized`], [`round_to_nearest`]
+- loss: [`HeldOutData`], [`held_out_loss`]; forgetting is in `hf_sam.statistics`, quantization damage in
+  `hf_sam.quantizers`
 - sharpness: [`noise_kl`], [`relative_noise_kl`], [`noise_sensitivity`], [`sam_sharpness`], [`hessian_spectrum`],
   [`relative_hessian_trace`], [`weight_norm`]
 - landscape: [`loss_along_line`], [`loss_on_plane`], [`loss_on_random_plane`]
@@ -38,21 +38,11 @@ from .weights import WeightDistance, weight_distance
 from .callbacks import ForgettingCallback, SharpnessCallback
 from .documents import HeldOutData
 from .grid import LossPlane
-from .quantization import (
-    SCHEMES,
-    QuantizationDamage,
-    Quantized,
-    load_quantized,
-    quantization_damage,
-    quantized,
-    round_to_nearest,
-)
 from .registry import INSTRUMENTS, Column, Instrument, Plot, Setting, register
 
 __all__ = [
     "INSTRUMENTS",
     "OLMES_CORE_9",
-    "SCHEMES",
     "BenchmarkResult",
     "Column",
     "ForgettingCallback",
@@ -65,8 +55,6 @@ __all__ = [
     "NoiseKL",
     "NoiseSensitivity",
     "Plot",
-    "QuantizationDamage",
-    "Quantized",
     "RelativeTrace",
     "RepresentationSimilarity",
     "SAMSharpness",
@@ -75,20 +63,16 @@ __all__ = [
     "WeightDistance",
     "held_out_loss",
     "hessian_spectrum",
-    "load_quantized",
     "loss_along_line",
     "loss_on_plane",
     "loss_on_random_plane",
     "metric_path",
     "noise_kl",
     "noise_sensitivity",
-    "quantization_damage",
-    "quantized",
     "register",
     "relative_hessian_trace",
     "relative_noise_kl",
     "representation_similarity",
-    "round_to_nearest",
     "run_benchmarks",
     "sam_sharpness",
     "score_change",

@@ -11,7 +11,7 @@ from .document import Document
 from .methods import SEED_PATTERN, Method, group_by_seed
 from .pages import change_text, loss_text
 from .plots import plot_sweeps
-from .summary import MISSING, add_summary, summarize
+from .summary import MISSING, NOT_ASKED, add_summary, summarize
 
 
 def write_comparison(
@@ -150,18 +150,29 @@ def _benchmarks(document: Document, results: Sequence[Results]) -> None:
 def _instruments(document: Document, results: Sequence[Results]) -> None:
     """A table for each group of instruments that measure one model, with the base models of all runs."""
     for group, known in groups().items():
-        compared = [(i, column) for i in known if i.subject == "model" for column in i.columns if column.compared]
+        asked = {name for one in results for name in one.selected(group)}
+        compared = [
+            (instrument, column)
+            for instrument in known
+            if instrument.subject == "model" and instrument.name in asked
+            for column in instrument.columns
+            if column.compared
+        ]
         rows = [[one.name, *(_compared(i, column, one, results[0]) for i, column in compared)] for one in results]
-        if any(cell != MISSING for row in rows for cell in row[1:]):
+        if compared:
             document.heading(f"{group_title(group)} of the base models")
             document.table(["run", *(column.title for _, column in compared)], rows)
 
 
 def _compared(instrument: Instrument, column: Column, one: Results, reference: Results) -> str:
-    """A cell; missing where it was not measured, or with other settings than those of the reference."""
+    """A cell; of no use where it was not asked for, or measured with other settings than those of the reference."""
+    if instrument.name not in one.selected(instrument.group):
+        return NOT_ASKED
     result = one.result(instrument.name, one.base)
     settings = [[run.record["settings"].get(name) for name in instrument.setting_names] for run in (one, reference)]
-    return MISSING if result is None or settings[0] != settings[1] else column.cell(result)
+    if settings[0] != settings[1]:
+        return "other settings"
+    return MISSING if result is None else column.cell(result)
 
 
 def _inflection(document: Document, results: Sequence[Results], budgets: Sequence[float]) -> None:

@@ -99,23 +99,32 @@ def interpolations(document: Document, results: Results) -> None:
 
 def quantization(document: Document, results: Results) -> None:
     """Damage of quantization."""
-    schemes = results.record["settings"]["quantize"]
+    schemes = dict.fromkeys(scheme for name in results.models for scheme in results.schemes(name))
     if not schemes:
         return
     document.heading("Quantization")
     document.text(
         "Damage is the loss after quantization minus before. Bits are per quantized weight, scales included; "
-        "embeddings and output layer stay in full precision. `rtn` is simulated rounding in groups of 128."
+        "embeddings and output layer stay in full precision, except in GGUF files. `rtn` is simulated rounding in "
+        "groups of 128."
     )
     rows = []
     for scheme in schemes:
         for name in results.models:
+            if scheme not in results.schemes(name):
+                continue
             (proof,) = results.find("quantized", name, scheme)
-            bits = MISSING if proof["result"] is None else f"{proof['result']['bits']:.2f}"
+            held = [MISSING, MISSING] if proof["result"] is None else _held(proof["result"])
             for data in results.old:
                 before, after = results.loss(name, data), results.loss(name, data, scheme)
-                rows.append([scheme, bits, name, data, loss_text(before), loss_text(after), change_text(before, after)])
-    document.table(["scheme", "bits", "model", "data", "before", "after", "damage"], rows)
+                row = [loss_text(before), loss_text(after), change_text(before, after)]
+                rows.append([scheme, *held, name, data, *row])
+    document.table(["scheme", "bits", "held as", "model", "data", "before", "after", "damage"], rows)
+    for one in results.record["quantized"]:
+        document.text(
+            f"`{one['scheme']}` of `{one['model']}` was quantized elsewhere: `{one['spec']}`, weights "
+            f"{one['fingerprint']}."
+        )
 
 
 def benchmarks(document: Document, results: Results) -> None:
@@ -133,8 +142,8 @@ def benchmarks(document: Document, results: Results) -> None:
     columns += [(name, "", before) for name in results.tuned]
     for alpha in results.record["settings"]["wise_ft"]:
         columns += [(name, f"wise-ft {alpha:g}", before) for name in results.tuned]
-    for scheme in results.record["settings"]["quantize"]:
-        columns += [(name, scheme, results.benchmarks(name)) for name in results.models]
+    for name in results.models:
+        columns += [(name, scheme, results.benchmarks(name)) for scheme in results.schemes(name)]
     rows = []
     for task in tasks:
         row = [task, tasks[task].metric]
@@ -183,6 +192,12 @@ def _cells(chosen: list[Instrument], found: dict[str, dict], model: str) -> list
         for column in instrument.columns:
             cells.append(MISSING if result is None else result and column.cell(result))
     return cells
+
+
+def _held(proof: dict) -> list[str]:
+    """Bits, and what holds the weights, for a table."""
+    left = f", {proof['left'] / (proof['left'] + proof['weights']):.0%} left in full precision" if proof["left"] else ""
+    return [f"{proof['bits']:.2f}", f"{', '.join(proof['kinds'])} ({proof['layers']}){left}"]
 
 
 def failures(document: Document, results: Results) -> None:

@@ -8,7 +8,9 @@ from ..statistics import Estimate, damage_reduction, forgetting_reduction, mean_
 from .document import Document
 from .methods import SEED_PATTERN, Method, group_by_seed, pair
 
+# In a cell: what was asked for and could not be measured, and what was not asked for.
 MISSING = "missing"
+NOT_ASKED = "-"
 
 # arXiv 2605.02105, OLMo-2-1B: how much less SAM loses than AdamW, in per cent.
 PAPER = {"forgetting after fine-tuning": 31, "damage of 4 bits": 40}
@@ -33,7 +35,7 @@ def summarize(results: Sequence[Results], pattern: str = SEED_PATTERN) -> dict:
     environment = {name: value for name, value in first.record["environment"].items() if name != "command"}
     summary = {"reference": reference.name, "data": data, "environment": environment, "runs": {}}
     # Those that all models were quantized to.
-    schemes = [scheme for scheme in first.schemes if all(scheme in one.schemes for one in results)]
+    schemes = [scheme for scheme in first.schemes() if all(scheme in one.schemes() for one in results)]
     for method in methods:
         summary["runs"][method.name] = {
             "seeds": [seed for seed in method.by_seed if seed is not None],

@@ -13,6 +13,11 @@ _LOG_MESSAGES = (
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community"),
     # bitsandbytes, in every forward pass of every layer: this is how LLM.int8() works; no setting changes it.
     ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast from"),
+    # torchao, at import where its kernels for GPUs do not load; it works without them. PEFT imports it if installed.
+    ("torchao", "Failed to load"),
+    ("torchao", "Skipping import of cpp extensions"),
+    # torchao, at import: how it registers its own constants.
+    ("torch.utils._pytree", "%s is an Enum subclass"),
 )
 
 # First words of a warning, its category, and the module that raises it.

@@ -162,7 +162,7 @@ def check_model(place: str, revision: str | None = None, weights: bool = True) -
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    with _hub_errors(place, place, revision):
+    with hub_errors(place, place, revision):
         try:
             hf_hub_download(place, _CONFIGS[0], revision=revision)
         except LocalEntryNotFoundError:  # subclass of EntryNotFoundError: not cached, and the Hub cannot be reached
@@ -206,7 +206,7 @@ def _download(place: str) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     repo, _, revision = place.partition("@")
-    with _hub_errors(place, repo, revision or None):
+    with hub_errors(place, repo, revision or None):
         wanted = list(_WANTED)
         if not HF_HUB_OFFLINE and (files := _files_on_hub(repo, revision or None)):
             if not any(file.rfilename.endswith(".safetensors") for file in files):
@@ -221,7 +221,7 @@ def _download(place: str) -> Path:
 
 
 @contextlib.contextmanager
-def _hub_errors(place: str, repo: str, revision: str | None) -> Iterator[None]:
+def hub_errors(place: str, repo: str, revision: str | None) -> Iterator[None]:
     """Turn errors of the Hub into ValueErrors that say what does not exist or cannot be reached."""
     from huggingface_hub.errors import (
         HFValidationError,

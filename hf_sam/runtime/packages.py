@@ -2,11 +2,23 @@
 
 import importlib.util
 
-_EXTRA = {"bitsandbytes": "quantization", "peft": "peft", "reasoning_gym": "recipes"}
+_EXTRA = {
+    "bitsandbytes": "quantization",
+    "torchao": "quantization",
+    "hqq": "quantization",
+    "compressed_tensors": "quantization",
+    "llmcompressor": "llmcompressor",
+    "gguf": "gguf",
+    "llama_cpp": "gguf",
+    "peft": "peft",
+    "reasoning_gym": "recipes",
+}
+# Packages that no extra installs.
+_ALONE = {"gptqmodel", "optimum"}
 
 
 def require(package: str, what: str) -> None:
     """Raises ImportError, with the command that installs `package`, if it is missing."""
     if importlib.util.find_spec(package) is None:
-        extra = _EXTRA.get(package, "eval")
-        raise ImportError(f"{what} needs {package}. Install it: pip install 'hf-sam[{extra}]'.")
+        target = package if package in _ALONE else f"'hf-sam[{_EXTRA.get(package, 'eval')}]'"
+        raise ImportError(f"{what} needs {package}. Install it: pip install {target}.")

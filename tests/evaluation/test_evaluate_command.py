@@ -15,7 +15,8 @@ from toy_trl import rows, tokenizer
 
 from hf_sam import commands
 from hf_sam.evaluation import EvaluationArguments, Results, evaluate, models, run
-from hf_sam.instruments import HeldOutData, held_out_loss, hessian, hessian_spectrum, load_quantized, loss, noise_kl
+from hf_sam.instruments import HeldOutData, held_out_loss, hessian, hessian_spectrum, loss, noise_kl
+from hf_sam.quantizers import load_quantized
 from hf_sam.runtime.models import find_model
 from hf_sam.statistics import forgetting
 

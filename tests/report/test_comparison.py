@@ -8,6 +8,7 @@ import pytest
 
 from hf_sam import commands
 from hf_sam.evaluation import Results
+from hf_sam.instruments import INSTRUMENTS
 from hf_sam.report.comparison import comparison_report
 
 TOKENS = [100, 80, 120, 90]
@@ -30,20 +31,22 @@ def record(name, base=3.0, runs=((2.0, 0.2), (1.5, 0.5), (1.0, 1.0)), damage=0.0
         parts += [part(f"run{i}", "old", base + lost), part(f"run{i}", "task", task)]
         parts.append(part(f"run{i}", "old", base + lost, "nf4"))
     for model in ("base", *(f"run{i}" for i in range(len(runs)))):
-        proof = {"part": "quantized", "model": model, "data": "", "variant": "nf4", "result": {"bits": 4.5}}
+        held = {"bits": 4.5, "layers": 14, "weights": 100, "kinds": ["Linear4bit"], "left": 0}
+        proof = {"part": "quantized", "model": model, "data": "", "variant": "nf4", "result": held}
         parts.append(proof)
-    sharp = {"kl": {"value": 1e-8, "standard_error": 1e-9}, "hessian": {"trace": 5.0, "trace_standard_error": None}}
+    sharp = {"kl": {"value": 1e-8, "standard_error": 1e-9}, "hessian": {"trace": 5.0, "trace_standard_error": None, "eigenvalues": [4.0], "residuals": [0.0]}}
     parts += [{"part": kind, "model": "base", "data": "", "variant": "", "result": r} for kind, r in sharp.items()]
     return {
         "name": name,
         "created": "2026-01-01T00:00:00Z",
         "environment": {"command": ["hf-sam"], "torch": "2"},
         "settings": {
+            **{setting.name: setting.default for one in INSTRUMENTS.values() for setting in one.settings},
             "quantize": ["nf4"],
             "wise_ft": [],
-            "sharpness": [],
+            "sharpness": ["kl", "hessian"],
             "landscape": [],
-            "similarity": False,
+            "similarity": [],
             "sam_rho": 0.05,
             "sharpness_documents": 4,
             "seed": 0,
@@ -54,6 +57,7 @@ def record(name, base=3.0, runs=((2.0, 0.2), (1.5, 0.5), (1.0, 1.0)), damage=0.0
             {"name": "old", "role": "old", "fingerprint": "a", "documents": 4, "tokens": 390},
             {"name": "task", "role": "task", "fingerprint": "b", "documents": 4, "tokens": 390},
         ],
+        "quantized": [],
         "parts": parts,
     }
 
@@ -80,7 +84,7 @@ def test_both_what_was_lost_and_where_it_ended():
     assert lost == pytest.approx([0.533, 0.8 * 0.533], abs=0.001)
     assert row[3].startswith("20.0% [")
     assert [float(value) for value in row[4].split(" -> ")] == pytest.approx([3 + lost[0], 3.04 + lost[1]], abs=2e-4)
-    assert cells(markdown, "SAM", "1e-08 ± 1.0e-09")[2:] == ["missing", "5 ± unknown"]
+    assert cells(markdown, "SAM", "1e-08 ± 1.0e-09")[2:] == ["5 ± unknown"]
 
 
 def test_sweeps_that_do_not_meet_are_said_to():
@@ -121,7 +125,7 @@ def test_sharpness_with_other_settings_is_not_compared():
     other = copy.deepcopy(record("other"))
     other["settings"]["sharpness_documents"] = 8
     markdown = comparison_report([Results(record("AdamW")), Results(other)]).markdown()
-    assert cells(markdown, "other", "missing")[1:] == ["missing"] * 3
+    assert cells(markdown, "other", "other settings")[1:] == ["other settings"] * 2
 
 
 def test_inflection_over_checkpoints():

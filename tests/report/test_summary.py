@@ -24,6 +24,7 @@ def results(name: str, base: float, quantized: float, sweep: dict[float, float])
         "environment": {"command": "hf-sam compare", "torch": "2"},
         "models": [{"name": model, "spec": "nowhere"} for model in ("base", *(f"lr-{task}" for task in sweep))],
         "data": [{"name": "old", "role": "old"}, {"name": "task", "role": "task"}],
+        "quantized": [],
         "parts": [
             {"part": "loss", "model": model, "data": data, "variant": variant, "result": loss(value)}
             for model, data, variant, value in parts

@@ -12,7 +12,7 @@ from toy_trl import rows, tokenizer
 
 from hf_sam.evaluation.inputs import load_held_out, with_distinct_names
 from hf_sam.instruments import HeldOutData, held_out_loss
-from hf_sam.instruments.quantization import load_source_quantized
+from hf_sam.quantizers.loading import load_source_quantized
 from hf_sam.runtime import models as sources
 from hf_sam.runtime.fingerprint import fingerprint_of_folder
 from hf_sam.runtime.models import check_same_tokens, find_model

@@ -9,12 +9,34 @@ from bitsandbytes.nn import Linear4bit
 from toy_evaluation import FailsAfter, busy, held_out, sharp_olmo2, unchanged
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from hf_sam.instruments import SCHEMES, held_out_loss, load_quantized, quantization_damage, quantized, round_to_nearest
-from hf_sam.instruments.quantization import check_quantized, quantizable
+from hf_sam.instruments import held_out_loss
+from hf_sam.quantizers import QUANTIZERS, load_quantized, quantization_damage, quantized, round_to_nearest
+from hf_sam.quantizers.proof import matrices, prove, quantizable
 from hf_sam.runtime.disk import check_disk
 
-# 14 linear layers, scales of 32 bits for 64 weights (of 8 for double), of 16 bits a row for int8; see the docstrings.
-BITS = {"nf4": 4.5, "fp4": 4.5, "nf4-double": 4.13, "fp4-double": 4.13, "int8": 8.45, "rtn4": 4.28, "rtn3": 3.27}
+# 14 linear layers of 64 x 64, 128 x 64 and 64 x 128. Scales: 32 bits for 64 weights (8 for double), or for a row in
+# int8; of rounding 16 bits and a zero point for 128 weights of a row; of torchao and HQQ in fp32, as the model.
+BITS = {
+    "nf4": 4.5,
+    "fp4": 4.5,
+    "nf4-double": 4.13,
+    "fp4-double": 4.13,
+    "int8": 8.45,
+    "rtn8": 8.34,
+    "rtn6": 6.31,
+    "rtn5": 5.3,
+    "rtn4": 4.28,
+    "rtn3": 3.27,
+    "rtn2": 2.25,
+    "torchao-int4": 5.0,
+    "torchao-int8": 8.56,
+    "torchao-fp8": 8.45,
+    "hqq8": 9.0,
+    "hqq4": 5.0,
+    "hqq3": 4.35,
+    "hqq2": 3.0,
+}
+UNCALIBRATED = [scheme for scheme, quantizer in QUANTIZERS.items() if not quantizer.calibrated]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +44,7 @@ def model():
     return sharp_olmo2()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", UNCALIBRATED)
 def test_damage_is_measured_on_a_model_that_really_is_quantized(model, scheme):
     with unchanged(model):
         measured = quantization_damage(model, held_out(30), scheme)
@@ -117,6 +139,10 @@ def test_a_model_that_stayed_as_it_was_is_an_error(model, tmp_path, monkeypatch)
     """As with a misspelled option, which transformers ignores."""
     model.save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    def check_quantized(model, scheme):
+        prove(model, scheme, matrices(plain), QUANTIZERS[scheme].held)
+
     with pytest.raises(RuntimeError, match=r"to nf4 failed silently: 'model.layers.0.self_attn.q_proj' is a Linear"):
         check_quantized(plain, "nf4")
     small, _ = load_quantized(tmp_path, "fp4")
