@@ -4,7 +4,7 @@ import importlib.util
 
 _EXTRA = {
     "bitsandbytes": "quantization",
-    "torchao": "quantization",
+    "torchao": "torchao",
     "hqq": "quantization",
     "compressed_tensors": "quantization",
     "llmcompressor": "llmcompressor",

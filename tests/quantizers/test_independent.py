@@ -106,6 +106,8 @@ def with_rounded(model, rounded):
 
 @pytest.mark.parametrize("scheme", ROUNDED)
 def test_damage_is_that_of_weights_rounded_by_hand(model, scheme):
+    for package in QUANTIZERS[scheme].packages:
+        pytest.importorskip(package)
     found = quantization_damage(model, held_out(30), scheme)
     by_hand = held_out_loss(with_rounded(model, ROUNDED[scheme]), held_out(30))
     assert found.after.loss == pytest.approx(by_hand.loss, abs=2e-4)

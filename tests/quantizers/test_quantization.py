@@ -46,6 +46,8 @@ def model():
 
 @pytest.mark.parametrize("scheme", UNCALIBRATED)
 def test_damage_is_measured_on_a_model_that_really_is_quantized(model, scheme):
+    for package in QUANTIZERS[scheme].packages:
+        pytest.importorskip(package)
     with unchanged(model):
         measured = quantization_damage(model, held_out(30), scheme)
     assert measured.quantized.layers == 14
