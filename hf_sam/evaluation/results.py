@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..instruments.benchmarks import BenchmarkResult
+from ..instruments.benchmark_scores import BenchmarkResult
 from ..statistics import HeldOutLoss, TunedRun
 
 
@@ -85,10 +85,7 @@ class Results:
         found = self.find("benchmarks", model, variant)
         if not found or found[0]["result"] is None:
             return {}
-        return {
-            task: BenchmarkResult(**{k: v for k, v in values.items() if k != "standard_error"})
-            for task, values in found[0]["result"].items()
-        }
+        return {task: BenchmarkResult.from_dict(values) for task, values in found[0]["result"].items()}
 
     def sweep(self) -> list[TunedRun]:
         """The tuned models as runs of a sweep, on the first old and the first task data; empty without the latter.

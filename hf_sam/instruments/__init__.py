@@ -20,7 +20,7 @@ from pathlib import Path
 # Flags and reports show instruments in the order of these imports.
 # isort: off
 from .loss import held_out_loss
-from .benchmarks import OLMES_CORE_9, BenchmarkResult, run_benchmarks, score_change
+from .benchmarks import OLMES_CORE_9, run_benchmarks
 from .kl import NoiseKL, noise_kl
 from .relative_kl import relative_noise_kl
 from .noise import NoiseSensitivity, noise_sensitivity
@@ -35,6 +35,7 @@ from .hidden_states import RepresentationSimilarity, representation_similarity
 from .weights import WeightDistance, weight_distance
 
 # isort: on
+from .benchmark_scores import BenchmarkResult, score_change
 from .callbacks import ForgettingCallback, SharpnessCallback
 from .documents import HeldOutData
 from .grid import LossPlane

@@ -7,17 +7,16 @@ formats, which the harness does not have, so figures are comparable with each ot
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..runtime.distributed import broadcast
+from ..runtime.distributed import broadcast, default_device
 from ..runtime.errors import MeasurementError
 from ..runtime.fingerprint import fingerprint_of_folder
 from ..runtime.packages import require
-from ..statistics.estimate import Estimate, interval, over_documents, standard_error
+from .benchmark_scores import METRICS, BenchmarkResult, result_of_task
 from .measuring import device_of, measuring
 from .registry import Instrument, Setting, register
 
@@ -36,34 +35,7 @@ OLMES_CORE_9 = (
 # As in OLMES.
 FEW_SHOT = 5
 
-# A task is scored by the first of these metrics that it reports.
-_METRICS = ("acc_norm", "acc", "exact_match", "f1")
-
-
-@dataclass(frozen=True)
-class BenchmarkResult:
-    """Score of one task.
-
-    Attributes:
-        task (`str`): name in the harness.
-        metric (`str`): e.g. `"acc_norm"`; from 0 to 1, more is better.
-        scores (`dict[str, float]`): score of each example by its number in the task.
-        value (`float`): the harness's own aggregate of them.
-    """
-
-    task: str
-    metric: str
-    scores: dict[str, float]
-    value: float
-
-    @property
-    def standard_error(self) -> float:
-        """Of the mean over examples; nan for a single one."""
-        return standard_error(list(self.scores.values()))
-
-    def to_dict(self) -> dict:
-        """For JSON."""
-        return {**vars(self), "standard_error": self.standard_error}
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def run_benchmarks(
@@ -76,6 +48,7 @@ def run_benchmarks(
     limit: int | None = None,
     include_path: str | Path | None = None,
     seed: int = 1234,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, BenchmarkResult]:
     """Run tasks of lm-evaluation-harness on a model in memory, also a quantized one.
 
@@ -91,6 +64,7 @@ def run_benchmarks(
         limit (`int`, *optional*): use only the first examples of each task.
         include_path (`str` or `Path`, *optional*): folder with task files of one's own, found before the harness's.
         seed (`int`, defaults to 1234): seed of the choice of examples in the prompt.
+        dtype (`torch.dtype`, *optional*): precision of the matrix products (autocast); that of the weights if omitted.
 
     Raises:
         ImportError: if the harness is missing.
@@ -107,6 +81,7 @@ def run_benchmarks(
             batch_size=batch_size,
             device=str(device_of(inner)),
             dtype=None,
+            mixed_precision_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         )
         output = simple_evaluate(
             model=wrapped,
@@ -148,19 +123,6 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) ->
     return list(tasks)
 
 
-def score_change(before: BenchmarkResult, after: BenchmarkResult, *, confidence: float = 0.95) -> Estimate:
-    """Score after minus before, with its interval over the examples of a task, which are paired.
-
-    Raises:
-        ValueError: if the two were run on different examples.
-    """
-    if before.scores.keys() != after.scores.keys() or before.metric != after.metric:
-        raise ValueError(f"The two runs of {before.task!r} have different examples or metrics.")
-    change = np.asarray([after.scores[example] - value for example, value in before.scores.items()])
-    variation = over_documents(change[:, None], np.ones(len(change)), source="examples")
-    return interval(change.mean(), [1.0], [variation], confidence)
-
-
 def load_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
     """Load the data of the tasks, so that missing data is reported before the long work.
 
@@ -177,10 +139,11 @@ def load_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
                 f"The data of the task {task!r} cannot be loaded: {type(error).__name__}: {error}"
             ) from error
         for name, one in loaded.items():
-            if not set(one.aggregation()) & set(_METRICS):
+            means = [metric for metric, how in one.aggregation().items() if getattr(how, "__name__", "") == "mean"]
+            if not set(one.aggregation()) & set(METRICS) and not means:
                 raise ValueError(
                     f"The task {name!r} is judged by {', '.join(one.aggregation())}, none of which is known here: "
-                    f"{', '.join(_METRICS)}."
+                    f"{', '.join(METRICS)}, or any mean over examples."
                 )
 
 
@@ -206,26 +169,16 @@ def _manager(folder: str | None, with_defaults: bool):
 
 
 def _results(output: dict) -> dict[str, BenchmarkResult]:
-    results = {task: _result(task, output) for task in output["samples"]}
+    results = {task: result_of_task(task, output) for task in output["samples"]}
     # A group is scored by all examples of its tasks together.
     for group, tasks in (output.get("group_subtasks") or {}).items():
         parts = [results[task] for task in tasks if task in results]
-        if len({part.metric for part in parts}) == 1 and group not in results:
+        shares = {part.metric for part in parts if not part.weights}
+        if len(shares) == 1 and len({part.metric for part in parts}) == 1 and group not in results:
             scores = {f"{part.task} {example}": score for part in parts for example, score in part.scores.items()}
-            results[group] = BenchmarkResult(group, parts[0].metric, scores, float(np.mean(list(scores.values()))))
+            mean = float(np.mean(list(scores.values())))
+            results[group] = BenchmarkResult(group, parts[0].metric, scores, mean, parts[0].higher_is_better)
     return results
-
-
-def _result(task: str, output: dict) -> BenchmarkResult:
-    reported = {key.split(",")[0]: value for key, value in output["results"][task].items()}
-    for metric in _METRICS:
-        samples = output["samples"][task]
-        if metric in reported and all(metric in sample for sample in samples):
-            scores = {str(sample["doc_id"]): float(sample[metric]) for sample in samples}
-            return BenchmarkResult(task, metric, scores, float(reported[metric]))
-    raise ValueError(
-        f"The task {task!r} reports {', '.join(sorted(reported))}, none of which is known here: {_METRICS}."
-    )
 
 
 def expand_tasks(names: Sequence[str]) -> list[str]:
@@ -237,6 +190,15 @@ def _not_negative(value: int) -> str | None:
     return None if value >= 0 else "must not be negative"
 
 
+def _dtype(settings) -> str:
+    """The precision of benchmarks: bf16 on a GPU, where fp32 takes many times as long; elsewhere that of weights."""
+    if settings.benchmark_dtype != "auto":
+        return settings.benchmark_dtype
+    named = settings.device not in ("", "auto")
+    on_cpu = (torch.device(settings.device) if named else default_device()).type == "cpu"
+    return settings.dtype if on_cpu or settings.dtype != "float32" else "bfloat16"
+
+
 def _options(settings) -> dict:
     return {
         "tasks": expand_tasks(settings.benchmarks),
@@ -244,6 +206,7 @@ def _options(settings) -> dict:
         "limit": settings.benchmark_limit or None,
         "include_path": settings.task_folder or None,
         "seed": settings.seed,
+        "dtype": getattr(torch, _dtype(settings)) if _dtype(settings) != settings.dtype else None,
     }
 
 
@@ -260,11 +223,21 @@ register(
             Setting("benchmarks", [], f"Tasks of lm-evaluation-harness; 'olmes' is {', '.join(OLMES_CORE_9)}."),
             Setting("task_folder", "", "Folder with task files of your own for --benchmarks."),
             Setting("num_fewshot", FEW_SHOT, "Examples in the prompts of --benchmarks.", _not_negative),
+            Setting(
+                "benchmark_dtype",
+                "auto",
+                "Precision of the matrix products of --benchmarks: float32, bfloat16 or float16; auto takes bfloat16 "
+                "on a GPU, and otherwise that of --dtype.",
+                lambda value: None if value in _DTYPES else f"must be one of {', '.join(_DTYPES)}",
+            ),
             Setting("benchmark_limit", 0, "Use only the first examples of each benchmark; 0 uses all.", _not_negative),
         ),
         depends_on=("seed",),
         options=_options,
-        facts=lambda settings: {"task_folder": fingerprint_of_folder(settings.task_folder)},
+        facts=lambda settings: {
+            "task_folder": fingerprint_of_folder(settings.task_folder),
+            "computed in": _dtype(settings),
+        },
         check=lambda settings: check_tasks(expand_tasks(settings.benchmarks), settings.task_folder or None),
         fetch=lambda settings: load_tasks(expand_tasks(settings.benchmarks), settings.task_folder or None),
     )

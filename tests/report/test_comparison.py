@@ -34,7 +34,10 @@ def record(name, base=3.0, runs=((2.0, 0.2), (1.5, 0.5), (1.0, 1.0)), damage=0.0
         held = {"bits": 4.5, "layers": 14, "weights": 100, "kinds": ["Linear4bit"], "left": 0}
         proof = {"part": "quantized", "model": model, "data": "", "variant": "nf4", "result": held}
         parts.append(proof)
-    sharp = {"kl": {"value": 1e-8, "standard_error": 1e-9}, "hessian": {"trace": 5.0, "trace_standard_error": None, "eigenvalues": [4.0], "residuals": [0.0]}}
+    sharp = {
+        "kl": {"value": 1e-8, "standard_error": 1e-9},
+        "hessian": {"trace": 5.0, "trace_standard_error": None, "eigenvalues": [4.0], "residuals": [0.0]},
+    }
     parts += [{"part": kind, "model": "base", "data": "", "variant": "", "result": r} for kind, r in sharp.items()]
     return {
         "name": name,
