@@ -5,6 +5,7 @@ from .estimate import Estimate
 from .inflection import InflectionPoint, inflection_point
 from .losses import HeldOutLoss, forgetting, mean_forgetting
 from .reduction import Reduction, ReductionCurve, TunedRun, damage_reduction, forgetting_reduction
+from .scores import ScoreDifference, ScoredRun, score_difference
 
 __all__ = [
     "Estimate",
@@ -12,6 +13,8 @@ __all__ = [
     "InflectionPoint",
     "Reduction",
     "ReductionCurve",
+    "ScoreDifference",
+    "ScoredRun",
     "TunedRun",
     "damage_reduction",
     "forgetting",
@@ -20,5 +23,6 @@ __all__ = [
     "inflection_point",
     "mean_forgetting",
     "pareto_frontier",
+    "score_difference",
     "shared_range",
 ]

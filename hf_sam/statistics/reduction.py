@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .curves import POINTS, SCALES, curve, pareto_frontier, shared_range
-from .estimate import Estimate, Variation, over_documents, over_seeds, ratio
+from .estimate import Estimate, Variation, interval, over_documents, over_seeds, ratio
 from .losses import HeldOutLoss, check_same_documents, growth_by_document
 
 # Half-width of an interval of the interpolation error, in units of the largest distance between the curves on three
@@ -80,6 +80,7 @@ class Reduction:
         reference, method (`float`): mean forgetting of both over that range, in nats per token.
         relative (`Estimate`): 1 - method / reference; 0.31 is 31% less.
         end_reference, end_method (`float`): mean held-out loss of both over that range: where they ended.
+        end_difference (`Estimate`): the second minus the first; negative if the method ended better.
         seeds (`int`): pairs of sweeps; the interval includes the variation between training seeds from two on.
         curve ([`ReductionCurve`]): the same at each task loss.
         warnings (`list[str]`): reasons to trust the figures less.
@@ -92,13 +93,15 @@ class Reduction:
     relative: Estimate
     end_reference: float
     end_method: float
+    end_difference: Estimate
     seeds: int
     curve: ReductionCurve
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """For JSON."""
-        return {**vars(self), "relative": self.relative.to_dict(), "curve": self.curve.to_dict()}
+        estimates = {name: getattr(self, name).to_dict() for name in ("relative", "end_difference")}
+        return {**vars(self), **estimates, "curve": self.curve.to_dict()}
 
 
 def forgetting_reduction(
@@ -150,6 +153,27 @@ def forgetting_reduction(
         spread = max((abs(_quotient(other @ weights) - found.value) for other in others), default=0.0)
         return _reduction(found, _SPREADS * spread, problem)
 
+    before = np.stack([pair[which][0].before.document_losses for pair in pairs for which in (1, 0)], axis=1)
+    bases = before.sum(0) / old_tokens.sum()
+
+    def end(learned: np.ndarray, lost: np.ndarray, bases: np.ndarray) -> np.ndarray:
+        """Where the method ended minus where the reference did, by seed, shape `(seeds, 1)`."""
+        difference = statistic.by_seed(learned, lost).reshape(-1, 2, POINTS) @ weights + bases.reshape(-1, 2)
+        return difference[:, :1] - difference[:, 1:]
+
+    runs_and_bases = np.concatenate([growth, before], axis=1)
+    split = growth.shape[1]
+    end_variations = [
+        over_documents(
+            runs_and_bases,
+            old_tokens,
+            lambda means: end(learned, means[:split], means[split:]).mean(0),
+            "documents of old data",
+        ),
+        over_documents(task, task_tokens, lambda means: end(means, lost, bases).mean(0), "documents of task data"),
+    ]
+    if len(pairs) > 1:
+        end_variations.append(over_seeds(end(learned, lost, bases)))
     points = np.eye(POINTS)[:: (POINTS - 1) // 20]
     at = np.linspace(low, high, POINTS)
     mean_method, mean_reference = curves @ weights
@@ -161,6 +185,7 @@ def forgetting_reduction(
         reduction(weights),
         float(ends[0] + mean_reference),
         float(ends[1] + mean_method),
+        _difference(curves @ weights, [other @ weights for other in others], ends, end_variations, problem, confidence),
         len(pairs),
         ReductionCurve(points @ at, points @ curves[1], points @ curves[0], [reduction(point) for point in points]),
         statistic.warnings(learned),
@@ -292,6 +317,25 @@ def _ratio(values: np.ndarray, variations: Sequence[Variation], confidence: floa
 
 def _quotient(values: np.ndarray) -> float:
     return float(values[0] / values[1]) if values[1] else math.nan
+
+
+def _difference(
+    lost: np.ndarray,
+    on_other_scales: Sequence[np.ndarray],
+    bases: Sequence[float],
+    variations: Sequence[Variation],
+    problem: str,
+    confidence: float,
+) -> Estimate:
+    """Where the method ended minus where the reference did; `lost` is (method, reference), `bases` the other way."""
+    found = interval(float(lost[0] - lost[1] + bases[1] - bases[0]), [1.0], variations, confidence)
+    if problem or found.problem:
+        return Estimate(found.value, math.nan, math.nan, confidence, problem or found.problem)
+    spread = _SPREADS * max(
+        (abs(float(np.diff(other)[0] - np.diff(lost)[0])) for other in on_other_scales), default=0.0
+    )
+    half = math.hypot(found.high - found.value, spread)
+    return Estimate(found.value, found.value - half, found.value + half, confidence)
 
 
 def _reduction(found: Estimate, spread: float = 0.0, problem: str = "") -> Estimate:

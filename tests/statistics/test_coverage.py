@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from toy_sweeps import World, lengths, sweeps
+from toy_sweeps import START, World, lengths, sweeps
 
 from hf_sam.statistics import HeldOutLoss, damage_reduction, forgetting, forgetting_reduction
 
@@ -121,6 +121,23 @@ def reduction_hits(case, draws: int) -> list[bool]:
 @pytest.mark.parametrize("case", CASES)
 def test_reduction_at_equal_task_loss(case):
     share(reduction_hits(case, 100))
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_where_two_methods_end(seeds):
+    generator = np.random.default_rng(5 + seeds)
+    world = World(60, 60, 0.5, 2.1, run_noise=0.03 if seeds > 1 else 0.0)
+    rates = np.geomspace(2e-4, 8e-4, 5)
+    first, last = START - 0.42 - 0.72 * np.log2(rates[[0, -1]] / 1.5e-4)
+    at = np.linspace(last, first, 1001)
+    truth = -0.2 * 0.125 * np.mean((START - at) ** 2.1)
+    found = []
+    for _ in range(100 // seeds):
+        drawn = sweeps(world, {"reference": (rates, 0.125), "method": (rates, 0.1)}, seeds, generator)
+        estimate = forgetting_reduction(drawn["reference"], drawn["method"]).end_difference
+        if not estimate.problem:
+            found.append(estimate.low <= truth <= estimate.high)
+    share(found)
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ def test_reduction_on_known_curves():
     assert found.reference == pytest.approx(mean, rel=1e-3)
     assert found.relative.value == pytest.approx(0.3)
     assert (found.end_reference, found.end_method) == pytest.approx((3 + mean, 3.1 + 0.7 * mean), rel=1e-3)
+    assert found.end_difference.value == pytest.approx(found.end_method - found.end_reference)
+    assert found.end_difference.low < 0.1 - 0.3 * mean < found.end_difference.high < 0
     # All documents are the same; what remains is the error of the interpolation.
     assert 0.29 < found.relative.low < 0.3 < found.relative.high < 0.31
     assert [one.value for one in found.curve.relative] == pytest.approx([0.3] * 21)
