@@ -7,14 +7,13 @@ training of a model diverged, is missing from the tables; the report of its run 
 
 from pathlib import Path
 
-from ..evaluation import EvaluationArguments, Results
+from ..evaluation import EvaluationArguments
 from ..evaluation.run import Evaluation
 from ..evaluation.settings import arguments_class
 from ..instruments.benchmarks import expand_tasks
 from ..report import write_comparison, write_report
-from ..report.summary import summarize, summary_document
+from ..report.tables import summary_document
 from ..runtime.config import ConfigParser, DryRunArguments
-from ..runtime.disk import write_json
 from ..runtime.distributed import join_processes, rank_and_world
 from ..runtime.run_record import FINISHED
 from .evaluate import print_failures
@@ -56,14 +55,9 @@ def compare(argv: list[str]) -> int:
         for one, record in zip(settings, records, strict=True):
             write_report(record, one.output)
             print_failures(record)
-        results = [Results(record) for record in records]
-        if len(results) > 1:
-            write_comparison([one.output for one in settings], output / "comparison")
-            summary = summarize(results)
-            write_json(output / "summary.json", summary)
-            document = summary_document(summary)
-            document.write(output / "summary")
-            print(document.markdown())
+        if len(settings) > 1:
+            _, summary = write_comparison([one.output for one in settings], output / "comparison")
+            print(summary_document(summary).markdown())
         print(f"Reports are in {output}.")
     return 0
 

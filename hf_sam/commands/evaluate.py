@@ -5,9 +5,10 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..evaluation.results import Results
 from ..evaluation.run import evaluate
 from ..evaluation.settings import arguments_class
-from ..report.pages import write_report
+from ..report.pages import short_report, write_report
 from ..runtime.config import ConfigParser
 from ..runtime.distributed import join_processes, rank_and_world
 from .launch import run_or_launch
@@ -34,6 +35,7 @@ def measure(argv: list[str]) -> int:
     logging.set_verbosity_error()
     record = evaluate(settings)
     if rank_and_world()[0] == 0:
+        print(short_report(Results(record)).markdown())
         for path in write_report(record, settings.output):
             print(path)
         print(Path(settings.output) / "results.json")

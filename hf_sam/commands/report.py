@@ -5,7 +5,8 @@ import argparse
 from ..evaluation.results import Results
 from ..report.comparison import write_comparison
 from ..report.methods import SEED_PATTERN
-from ..report.pages import evaluation_report
+from ..report.pages import evaluation_report, short_report
+from ..report.tables import verdict_document
 from ..runtime.errors import raise_usage_errors
 
 
@@ -38,10 +39,13 @@ def main(argv: list[str]) -> int:
     arguments = raise_usage_errors(make_parser()).parse_args(argv)
     if len(arguments.folders) == 1:
         folder = arguments.folders[0]
-        paths = evaluation_report(Results.read(folder)).write(arguments.output or folder)
+        document = evaluation_report(Results.read(folder))
+        paths = document.write(arguments.output or folder)
+        print(short_report(Results.read(folder)).markdown())
     else:
         output = arguments.output or "comparison"
-        paths = write_comparison(arguments.folders, output, arguments.budgets, pattern=arguments.seed_pattern)
+        paths, summary = write_comparison(arguments.folders, output, arguments.budgets, arguments.seed_pattern)
+        print(verdict_document(summary).markdown())
     for path in paths:
         print(path)
     return 0

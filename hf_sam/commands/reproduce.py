@@ -7,6 +7,7 @@ the same command. Stages run side by side on the GPUs of the machine. `--stage N
 
 import asyncio
 import importlib
+import json
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import yaml
 from ..experiments.driver import run_chain
 from ..experiments.experiment import Experiment, check_seeds, read_preset
 from ..experiments.stages import Chain, Stage
+from ..report.tables import summary_document
 from ..runtime.config import ConfigParser, DryRunArguments
 from ..runtime.errors import UsageError
 from ..runtime.processes import end_with_launcher
@@ -87,7 +89,8 @@ def _print_report(folder: Path, runs: list[str]) -> None:
     if len(runs) == 1:  # nothing to compare
         print(f"The report is in {folder / runs[0] / 'report.html'}.")
         return
-    print((folder / "summary" / "report.md").read_text(encoding="utf-8"))
+    summary = json.loads((folder / "comparison" / "summary.json").read_text(encoding="utf-8"))
+    print(summary_document(summary).markdown())
     print(f"The whole comparison is in {folder / 'comparison' / 'report.html'}.")
 
 

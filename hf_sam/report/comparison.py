@@ -6,12 +6,15 @@ from pathlib import Path
 from ..evaluation.results import Results
 from ..instruments import Column, Instrument
 from ..instruments.registry import group_title, groups
+from ..runtime.markdown import code
 from ..statistics import forgetting, inflection_point
 from .document import Document
+from .export import write_numbers
 from .methods import SEED_PATTERN, Method, group_by_seed
 from .pages import change_text, loss_text
 from .plots import plot_sweeps
-from .summary import MISSING, NOT_ASKED, add_summary, summarize
+from .summary import summarize
+from .tables import MISSING, NOT_ASKED, add_tables, add_verdict
 
 
 def write_comparison(
@@ -19,8 +22,8 @@ def write_comparison(
     output: str | Path,
     budgets: Sequence[float] = (),
     pattern: str = SEED_PATTERN,
-) -> tuple[Path, Path]:
-    """Write `report.md` and `report.html` that compare evaluations.
+) -> tuple[list[Path], dict]:
+    """Write `report.md` and `report.html` that compare evaluations, `summary.json` and `summary.csv`.
 
     Args:
         folders (`Sequence`): output folders of `hf-sam evaluate`; the first is the reference.
@@ -30,21 +33,22 @@ def write_comparison(
             [`~hf_sam.report.methods.group_by_seed`].
 
     Returns:
-        `tuple[Path, Path]`: the paths of the two reports.
+        `tuple[list[Path], dict]`: the paths of what was written, and the summary.
 
     Raises:
         ValueError: if a folder holds no results, or they were measured on different data.
     """
     results = [Results.read(folder) for folder in folders]
-    return comparison_report(results, budgets, pattern).write(output)
+    document, summary = comparison_report(results, budgets, pattern)
+    return [*document.write(output), *write_numbers(summary, output)], summary
 
 
 def comparison_report(
     results: Sequence[Results],
     budgets: Sequence[float] = (),
     pattern: str = SEED_PATTERN,
-) -> Document:
-    """The report that compares evaluations; see `write_comparison`."""
+) -> tuple[Document, dict]:
+    """The report that compares evaluations, and its numbers; see `write_comparison`."""
     if not results:
         raise ValueError("There is nothing to compare: name the output folders of one or more evaluations.")
     if budgets and len(budgets) != len(results):
@@ -58,17 +62,20 @@ def comparison_report(
     methods = group_by_seed(results, pattern)
     document = Document("Comparison: " + ", ".join(method.name for method in methods))
     document.text(
-        f"`{methods[0].name}` is the reference. The tables show both what was lost and the final loss, because a model "
-        "that loses less may still end worse."
+        f"{code(methods[0].name)} is the reference. What was lost and where it ended stand side by side, because a "
+        "model that loses less may still end worse."
     )
-    _bases(document, results)
-    add_summary(document, summarize(results, pattern))
+    summary = summarize(results, pattern)
+    add_verdict(document, summary)
     _sweeps(document, results, methods)
+    add_tables(document, summary)
+    _runs(document, results)
+    _bases(document, results)
     _benchmarks(document, results)
     _instruments(document, results)
     if budgets:
         _inflection(document, results, budgets)
-    return document
+    return document, summary
 
 
 def _check_comparable(reference: Results, other: Results) -> None:
@@ -117,12 +124,23 @@ def _sweeps(document: Document, results: Sequence[Results], methods: Sequence[Me
     by_method = {method.name: [sweeps[one.name] for one in method.results] for method in methods}
     caption = "Left: what was lost, against the task loss. Right: the loss on old data where it ended. 95% intervals."
     document.figure("frontier", plot_sweeps(by_method), caption)
+
+
+def _runs(document: Document, results: Sequence[Results]) -> None:
     rows = [
-        [name, run.name, f"{run.task.loss:.4f}", f"{run.forgetting:.4f}", f"{run.after.loss:.4f}"]
-        for name, sweep in sweeps.items()
-        for run in sweep
+        [one.name, run.name, f"{run.task.loss:.4f}", f"{run.forgetting:.4f}", f"{run.after.loss:.4f}"]
+        for one in results
+        for run in one.sweep()
     ]
+    if rows:
+        document.heading("Fine-tuned models")
     document.table(["run", "tuned model", "task loss", "forgetting", "loss on old data where it ended"], rows)
+    for one in results:
+        known = {run.name for run in one.sweep()}
+        if one.tuned and known and (failed := [name for name in one.tuned if name not in known]):
+            document.text(
+                f"Left out of {code(one.name)}, because their losses are not known: {', '.join(map(code, failed))}."
+            )
 
 
 def _benchmarks(document: Document, results: Sequence[Results]) -> None:
@@ -132,19 +150,20 @@ def _benchmarks(document: Document, results: Sequence[Results]) -> None:
         return
     document.heading("Benchmarks")
     document.text(
-        "Per cent of the base, and behind the arrow of its tuned model with the lowest task loss (without task data, "
-        "of the one that forgot least)."
+        "The base with the standard error over examples (shares in per cent), and behind the arrow its tuned model "
+        "with the lowest task loss (without task data, the one that forgot least)."
     )
     rows = []
     for task in shared:
-        row = [task]
+        first = scores[results[0].name][task]
+        row = [task, first.metric, "more" if first.higher_is_better else "less"]
         for one in results:
             best = _best_tuned(one)
             scored = one.benchmarks(best).get(task) if best is not None else None
-            after = f" → {100 * scored.value:.1f}" if scored is not None else ""
-            row.append(f"{100 * scores[one.name][task].value:.1f}{after}")
+            after = f" → {scored.text()}" if scored is not None else ""
+            row.append(f"{scores[one.name][task].text()}{after}")
         rows.append(row)
-    document.table(["task", *scores], rows)
+    document.table(["task", "metric", "better", *scores], rows)
 
 
 def _instruments(document: Document, results: Sequence[Results]) -> None:

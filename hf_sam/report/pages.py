@@ -6,11 +6,14 @@ Comparisons show both what was lost and the final loss, because a model that los
 from pathlib import Path
 
 from ..evaluation.results import Results
-from ..instruments import Instrument, score_change
+from ..instruments import BenchmarkResult, Instrument, score_change
 from ..instruments.registry import group_title, groups
+from ..runtime.markdown import code
+from ..statistics import Estimate
 from ..statistics.losses import HeldOutLoss, forgetting
-from .document import Document
-from .summary import MISSING
+from .document import Cell, Document
+from .tables import MISSING, marked
+from .verdict import verdict_of_evaluation
 
 
 def write_report(record: dict, folder: str | Path) -> tuple[Path, Path]:
@@ -24,7 +27,7 @@ def write_report(record: dict, folder: str | Path) -> tuple[Path, Path]:
 
 def evaluation_report(results: Results) -> Document:
     """The report of one evaluation."""
-    document = Document(f"Evaluation: {results.name}")
+    document = short_report(results)
     setup(document, results)
     losses(document, results)
     interpolations(document, results)
@@ -35,11 +38,19 @@ def evaluation_report(results: Results) -> Document:
     return document
 
 
+def short_report(results: Results) -> Document:
+    """What was lost, in words."""
+    document = Document(f"Evaluation: {results.name}")
+    document.points(verdict_of_evaluation(results))
+    return document
+
+
 def setup(document: Document, results: Results) -> None:
     """Models, data, versions and hardware."""
+    document.heading("Setup")
     environment = dict(results.record["environment"])
     command = " ".join(environment.pop("command"))
-    document.text(f"{results.record['created']}, by `{command}`.")
+    document.text(f"{results.record['created']}, by {code(command)}.")
     document.table(
         ["model", "source", "weights (hash)"],
         [[m["name"], m["spec"], m["fingerprint"]] for m in results.record["models"]],
@@ -122,7 +133,7 @@ def quantization(document: Document, results: Results) -> None:
     document.table(["scheme", "bits", "held as", "model", "data", "before", "after", "damage"], rows)
     for one in results.record["quantized"]:
         document.text(
-            f"`{one['scheme']}` of `{one['model']}` was quantized elsewhere: `{one['spec']}`, weights "
+            f"{code(one['scheme'])} of {code(one['model'])} was quantized elsewhere: {code(one['spec'])}, weights "
             f"{one['fingerprint']}."
         )
 
@@ -135,8 +146,9 @@ def benchmarks(document: Document, results: Results) -> None:
         return
     document.heading("Benchmarks")
     document.text(
-        "Scores of lm-evaluation-harness in per cent; in brackets the change against the base, or of a quantized model "
-        "against the same one in full precision, with its 95% interval over examples."
+        "Scores of lm-evaluation-harness (shares in per cent) with their standard errors over examples; in brackets "
+        "the change against the base, or of a quantized model against the same one in full precision, with its 95% "
+        "interval."
     )
     columns = [(results.base, "", None)]
     columns += [(name, "", before) for name in results.tuned]
@@ -146,16 +158,16 @@ def benchmarks(document: Document, results: Results) -> None:
         columns += [(name, scheme, results.benchmarks(name)) for scheme in results.schemes(name)]
     rows = []
     for task in tasks:
-        row = [task, tasks[task].metric]
+        row = [task, tasks[task].metric, "more" if tasks[task].higher_is_better else "less"]
         for name, variant, reference in columns:
             result = results.benchmarks(name, variant).get(task)
             if result is None:
                 row.append(MISSING)
                 continue
-            change = f" ({_percent(score_change(reference[task], result))})" if reference else ""
-            row.append(f"{100 * result.value:.1f}{change}")
+            change = f" ({_change(score_change(reference[task], result), result)})" if reference else ""
+            row.append(f"{result.text()}{change}")
         rows.append(row)
-    document.table(["task", "metric", *(f"{name} {variant}".strip() for name, variant, _ in columns)], rows)
+    document.table(["task", "metric", "better", *(f"{name} {variant}".strip() for name, variant, _ in columns)], rows)
 
 
 def instruments(document: Document, results: Results) -> None:
@@ -215,9 +227,12 @@ def loss_text(loss: HeldOutLoss | None) -> str:
     return MISSING if loss is None else f"{loss.loss:.4f}"
 
 
-def change_text(before: HeldOutLoss | None, after: HeldOutLoss | None) -> str:
+def change_text(before: HeldOutLoss | None, after: HeldOutLoss | None) -> Cell:
     """The growth of a loss with its interval, for a table."""
-    return MISSING if before is None or after is None else str(forgetting(before, after))
+    if before is None or after is None:
+        return Cell(MISSING)
+    change = forgetting(before, after)
+    return marked(str(change), change.to_dict(), less_is_better=True)
 
 
 def _present(found: dict) -> dict:
@@ -228,5 +243,5 @@ def _short(value) -> str:
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
-def _percent(change) -> str:
-    return change.text("+.1f", scale=100)
+def _change(change: Estimate, result: BenchmarkResult) -> str:
+    return change.text("+.1f", scale=100) if result.in_per_cent else change.text("+.3g")

@@ -1,19 +1,20 @@
-"""The numbers of a comparison, and the tables that show them: damage of few bits, forgetting at equal task loss."""
+"""The numbers of a comparison: damage of few bits, forgetting and benchmarks at equal task loss, where runs ended."""
 
 from collections.abc import Sequence
 from statistics import fmean
 
+import numpy as np
+
 from ..evaluation.results import Results
-from ..statistics import Estimate, damage_reduction, forgetting_reduction, mean_forgetting
-from .document import Document
+from ..statistics import (
+    ScoredRun,
+    damage_reduction,
+    forgetting_reduction,
+    mean_forgetting,
+    pareto_frontier,
+    score_difference,
+)
 from .methods import SEED_PATTERN, Method, group_by_seed, pair
-
-# In a cell: what was asked for and could not be measured, and what was not asked for.
-MISSING = "missing"
-NOT_ASKED = "-"
-
-# arXiv 2605.02105, OLMo-2-1B: how much less SAM loses than AdamW, in per cent.
-PAPER = {"forgetting after fine-tuning": 31, "damage of 4 bits": 40}
 
 
 def summarize(results: Sequence[Results], pattern: str = SEED_PATTERN) -> dict:
@@ -26,25 +27,31 @@ def summarize(results: Sequence[Results], pattern: str = SEED_PATTERN) -> dict:
 
     Returns:
         `dict`: for JSON. For each method its losses in nats per token, damage and forgetting, means over the seeds with
-        their 95% intervals, and reductions against the reference in per cent (positive: lost less); None for what could
-        not be measured.
+        their 95% intervals, reductions against the reference in per cent (positive: lost less), and differences of the
+        losses where both ended (negative: ended better); None for what could not be measured.
     """
     methods = group_by_seed(results, pattern)
     reference, first = methods[0], results[0]
     data = first.old[0]
     environment = {name: value for name, value in first.record["environment"].items() if name != "command"}
     summary = {"reference": reference.name, "data": data, "environment": environment, "runs": {}}
+    known = list(dict.fromkeys(scheme for one in results for scheme in one.schemes()))
     # Those that all models were quantized to.
-    schemes = [scheme for scheme in first.schemes() if all(scheme in one.schemes() for one in results)]
+    schemes = [scheme for scheme in known if all(scheme in one.schemes() for one in results)]
+    summary["not shared"] = {
+        scheme: [one.name for one in results if scheme in one.schemes()] for scheme in known if scheme not in schemes
+    }
     for method in methods:
         summary["runs"][method.name] = {
             "seeds": [seed for seed in method.by_seed if seed is not None],
             "base loss": _mean_loss(method, data),
+            "base difference": _difference(reference, method, data, ""),
             "training": method.results[0].training,
             "quantized": {scheme: _quantized(reference, method, data, scheme) for scheme in schemes},
             "fine-tuned": _fine_tuned(reference, method) if method is not reference else None,
             "sweep": [_point(one, run) for one in method.results for run in one.sweep()],
             "benchmarks": _benchmark_means(method, schemes),
+            "benchmarks at equal task loss": _scores(reference, method) if method is not reference else None,
         }
     return summary
 
@@ -64,6 +71,14 @@ def _mean_loss(method: Method, data: str, scheme: str = "") -> float | None:
     return None if None in losses else fmean(loss.loss for loss in losses)
 
 
+def _difference(reference: Method, method: Method, data: str, scheme: str) -> dict | None:
+    """Loss of the bases minus that of the reference, in a scheme or in full precision."""
+    losses = [tuple(one.loss(one.base, data, scheme) for one in both) for both in pair(reference, method)]
+    if method is reference or not losses or any(None in both for both in losses):
+        return None
+    return mean_forgetting(losses).to_dict()
+
+
 def _losses(results: Sequence[Results], data: str, scheme: str) -> list[tuple] | None:
     """Losses of the bases before and after, by seed; None if one is missing."""
     pairs = [(one.loss(one.base, data), one.loss(one.base, data, scheme)) for one in results]
@@ -81,6 +96,7 @@ def _quantized(reference: Method, method: Method, data: str, scheme: str) -> dic
     return {
         "damage": None if damage is None else damage.to_dict(),
         "loss": _mean_loss(method, data, scheme),
+        "loss difference": _difference(reference, method, data, scheme),
         "reduction": reduction,
         "reduction seeds": len(pairs),
     }
@@ -102,166 +118,62 @@ def _fine_tuned(reference: Method, method: Method) -> dict | None:
         "seeds": found.seeds,
         "loss": found.end_method,
         "loss of the reference": found.end_reference,
+        "loss difference": found.end_difference.to_dict(),
         "warnings": found.warnings,
         "curve": found.curve.to_dict(),
     }
 
 
-def _benchmark_means(method: Method, schemes: Sequence[str]) -> dict:
-    """Mean accuracy over tasks and seeds, in per cent, of the base, quantized, and of each tuned model."""
+def _benchmark_means(method: Method, schemes: Sequence[str]) -> list[dict]:
+    """Mean accuracy over tasks and seeds, in per cent, of the base, quantized, and of each tuned model.
 
-    def mean(model, variant=""):
-        scores = [one.benchmarks(one.base if model is None else model, variant) for one in method.results]
-        if not all(scores):
-            return None
-        return 100 * fmean(fmean(score.value for score in one.values()) for one in scores)
-
-    found = {"base": mean(None)}
-    if found["base"] is None:
-        return {}
-    tuned = method.results[0].tuned
-    return found | {scheme: mean(None, scheme) for scheme in schemes} | {name: mean(name) for name in tuned}
-
-
-def summary_document(summary: dict) -> Document:
-    """The summary as a short report."""
-    document = Document("What was lost, and where it ended")
-    document.text(
-        f"Nats per token on `{summary['data']}`; reductions are against `{summary['reference']}`, more is better. The "
-        f"paper (arXiv 2605.02105, OLMo-2-1B, SAM against AdamW) has {PAPER['forgetting after fine-tuning']}% less "
-        f"forgetting after MetaMath and {PAPER['damage of 4 bits']}% less damage of 4 bits."
-    )
-    add_summary(document, summary)
-    return document
-
-
-def add_summary(document: Document, summary: dict) -> None:
-    """Add the tables of a summary to a report."""
-    _add_training(document, summary)
-    _add_quantized(document, summary)
-    _add_fine_tuned(document, summary)
-    _add_benchmark_means(document, summary)
-
-
-def _add_training(document: Document, summary: dict) -> None:
-    rows = [
-        [name, str(took["own_steps"]), str(took["sam_steps"]), f"{took['passes']:.2f}"]
-        for name, run in summary["runs"].items()
-        if "passes" in (took := run["training"] or {})
-    ]
-    if rows:
-        document.heading("What the training of the base models took")
-        document.table(["run", "steps", "of these with SAM", "passes over each batch"], rows)
-        if lacking := _without_equal_compute(summary):
-            names = ", ".join(f"`{name}`" for name in lacking)
-            document.text(
-                f"No run without SAM has the compute of {names}: whether more plain training would do as well is open."
-            )
-
-
-def _without_equal_compute(summary: dict) -> list[str]:
-    """Runs with SAM that took more passes than any run without it."""
-    took = {name: run["training"] or {} for name, run in summary["runs"].items()}
-    compute = {name: one["own_steps"] * one["passes"] for name, one in took.items() if "passes" in one}
-    plain = [compute[name] for name in compute if not took[name]["sam_steps"]]
-    return [name for name in compute if took[name]["sam_steps"] and compute[name] > 1.05 * max(plain, default=0.0)]
-
-
-def _add_quantized(document: Document, summary: dict) -> None:
-    for scheme in summary["runs"][summary["reference"]]["quantized"]:
-        rows, problems, counts = [], [], []
-        for name, run in summary["runs"].items():
-            found = run["quantized"][scheme]
-            is_reference = name == summary["reference"]
-            counts += [] if is_reference else [found["reduction seeds"]]
-            reduction = "reference" if is_reference else _estimate(found["reduction"], problems, ".0f", "%")
-            if reduction == MISSING and found["damage"] is not None:
-                reduction = f"{summary['reference']} lost nothing"
-            damage = _estimate(found["damage"], problems, ".4f")
-            rows.append([name, _number(run["base loss"]), damage, reduction, _number(found["loss"])])
-        document.heading(f"Quantized to {scheme}")
-        own = [max(1, len(run["seeds"])) for run in summary["runs"].values()]
-        damage, reduction = f"damage [95%, {_seeds(own)}]", f"reduction [95%, {_seeds(counts or own)}]"
-        document.table(["run", "base loss", damage, reduction, "loss where it ended"], rows)
-        _add_notes(document, _about_seeds(counts or own), problems)
-
-
-def _add_fine_tuned(document: Document, summary: dict) -> None:
-    runs = {name: run["fine-tuned"] for name, run in summary["runs"].items() if run["fine-tuned"] is not None}
-    if not runs:
-        return
-    document.heading("Fine-tuned, at equal task loss")
-    rows, problems = [], []
-    for name, found in runs.items():
-        if "missing" in found:
-            document.text(f"`{name}` against `{summary['reference']}` at equal task loss: missing. {found['missing']}")
+    The standard error is that over the examples; differences between training seeds are not in it.
+    """
+    found = []
+    tuned = [("fine-tuned", name, "") for name in method.results[0].tuned]
+    for kind, model, variant in [("base", None, ""), *(("quantized", None, one) for one in schemes), *tuned]:
+        by_seed = [_shares(one, one.base if model is None else model, variant) for one in method.results]
+        if not all(by_seed):
             continue
-        problems += found["warnings"]
-        rows.append(
-            [
-                name,
-                "{:.2f} to {:.2f}".format(*found["task losses"]),
-                f"{found['of the reference']:.4f} -> {found['forgetting']:.4f}",
-                _estimate(found["reduction"], problems, ".1f", "%"),
-                f"{found['loss of the reference']:.4f} -> {found['loss']:.4f}",
-            ]
-        )
-    if rows:
-        document.text(
-            "Means over the range of task losses that both sweeps span, along curves through the runs on the frontier "
-            "of each sweep."
-        )
-        counts = [found["seeds"] for found in runs.values() if "missing" not in found]
-        reduction = f"reduction [95%, {_seeds(counts)}]"
-        header = ["run", "task losses", "forgetting, reference -> run", reduction, "loss where they ended"]
-        document.table(header, rows)
-        _add_notes(document, _about_seeds(counts), [one for one in problems if not one.startswith("One training seed")])
+        scores = [score for one in by_seed for score in one]
+        error = float(np.sqrt(np.square([score.standard_error for score in scores]).sum()) / len(scores))
+        mean = fmean(fmean(score.value for score in one) for one in by_seed)
+        label = {"base": "base", "quantized": f"base in {variant}"}.get(kind, model)
+        found.append({"model": label, "kind": kind, "mean": 100 * mean, "standard error": 100 * error})
+    return found
 
 
-def _seeds(counts: Sequence[int]) -> str:
-    """How many seeds the numbers of a column are means of."""
-    few, many = min(counts), max(counts)
-    return f"{many} seed{'s' * (many > 1)}" if few == many else f"{few} to {many} seeds"
+def _shares(one: Results, model: str, variant: str = "") -> list:
+    """The scores of a model that are shares, e.g. accuracies."""
+    return [score for score in one.benchmarks(model, variant).values() if score.in_per_cent]
 
 
-def _about_seeds(counts: Sequence[int]) -> str:
-    if max(counts) == 1:
-        return "One training seed: intervals are over documents and do not include the variation between seeds."
-    return (
-        "Intervals are over documents and training seeds; those of two runs with the same seed are paired, and seeds "
-        "that one of them lacks are left out of the reduction."
-    )
+def _scores(reference: Method, method: Method) -> dict | None:
+    """Mean accuracy at equal task loss, in per cent; None without benchmarks of fine-tuned models."""
+    sides = list(zip(*pair(reference, method), strict=True))
+    scored = [[_scored_runs(one) for one in side] for side in sides]
+    if not scored or not all(len(sweep) > 1 for side in scored for sweep in side):
+        return None
+    examples = [[len(scores) for scores in run.scores] for side in scored for sweep in side for run in sweep]
+    if any(one != examples[0] for one in examples):
+        return {"missing": "The fine-tuned models were scored on different tasks or examples."}
+    try:
+        found = score_difference(*scored)
+    except ValueError as error:
+        return {"missing": str(error)}
+    return {
+        "task losses": [found.low, found.high],
+        "of the reference": 100 * found.reference,
+        "mean": 100 * found.method,
+        "difference": found.difference.scaled(100).to_dict(),
+        "seeds": len(scored[0]),
+    }
 
 
-def _add_notes(document: Document, note: str, problems: Sequence[str]) -> None:
-    sentences = [problem[0].upper() + problem[1:].rstrip(".") + "." for problem in dict.fromkeys(problems)]
-    document.text(" ".join([note, *sentences]))
-
-
-def _add_benchmark_means(document: Document, summary: dict) -> None:
-    scores = {name: run["benchmarks"] for name, run in summary["runs"].items() if run["benchmarks"]}
-    if scores:
-        document.heading("Benchmarks, mean accuracy in per cent")
-        document.table(
-            ["run", "model", "accuracy", "change"],
-            [
-                [name, model, f"{value:.1f}", f"{value - found['base']:+.1f}"]
-                for name, found in scores.items()
-                for model, value in found.items()
-                if value is not None
-            ],
-        )
-
-
-def _estimate(values: dict | None, problems: list[str], form: str, unit: str = "") -> str:
-    """An estimate as a cell of a table; why it has no interval goes to `problems`."""
-    if values is None:
-        return MISSING
-    found = Estimate.from_dict(values)
-    if found.problem:
-        problems.append(f"No interval: {found.problem}")
-    return found.text(form, unit=unit)
-
-
-def _number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.4f}"
+def _scored_runs(one: Results) -> list[ScoredRun]:
+    sweep = [run for run in one.sweep() if _shares(one, run.name)]
+    best = pareto_frontier([(run.task.loss, run.forgetting) for run in sweep])
+    return [
+        ScoredRun(sweep[i].task, [np.asarray(list(score.scores.values())) for score in _shares(one, sweep[i].name)])
+        for i in best
+    ]

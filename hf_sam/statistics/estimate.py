@@ -54,9 +54,9 @@ class Estimate:
         return f"{value} [{scale * self.low:{form}}, {scale * self.high:{form}}]"
 
     def scaled(self, factor: float) -> "Estimate":
-        """The estimate in another unit, e.g. times 100 in per cent."""
-        ends = (factor * self.value, factor * self.low, factor * self.high)
-        return Estimate(*ends, self.confidence, self.problem)
+        """The estimate in another unit, e.g. times 100 in per cent, or of the opposite sign."""
+        low, high = sorted((factor * self.low, factor * self.high))
+        return Estimate(factor * self.value, low, high, self.confidence, self.problem)
 
     def to_dict(self) -> dict:
         """For JSON."""

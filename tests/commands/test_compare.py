@@ -59,7 +59,7 @@ def flags(folder, output):
 def summary(shelf_of_runs, tmp_path_factory):
     output = tmp_path_factory.mktemp("one")
     assert main(["compare", *flags(shelf_of_runs, output)]) == 0
-    return json.loads((output / "summary.json").read_text()), output
+    return json.loads((output / "comparison" / "summary.json").read_text()), output
 
 
 def test_the_table_is_what_was_measured(summary):
@@ -81,7 +81,7 @@ def test_the_table_is_what_was_measured(summary):
     tuned = found["runs"]["sam"]["fine-tuned"]
     assert tuned["of the reference"] > 0
     assert tuned["reduction"]["value"] == pytest.approx(100 * (1 - tuned["forgetting"] / tuned["of the reference"]))
-    text = (output / "summary" / "report.md").read_text()
+    text = (output / "comparison" / "report.md").read_text()
     assert "| sam | 60 | 15 | 1.25 |" in " ".join(text.split())
     assert "31% less" in text
     assert "40% less" in text
@@ -93,7 +93,7 @@ def test_two_processes_measure_what_one_does(launch, shelf_of_runs, summary, tmp
     ended = launch("compare", flags(shelf_of_runs, tmp_path), ranks=2, strategy="ddp")
     assert ended.status == [0, 0], ended.output[0][-3000:]
     assert ended.output[1].count("What was lost") == 0
-    two, one = json.loads((tmp_path / "summary.json").read_text()), summary[0]
+    two, one = json.loads((tmp_path / "comparison" / "summary.json").read_text()), summary[0]
     for name in ("adamw", "sam"):
         assert two["runs"][name]["base loss"] == pytest.approx(one["runs"][name]["base loss"], rel=1e-6)
         for ours, theirs in zip(two["runs"][name]["sweep"], one["runs"][name]["sweep"], strict=True):
@@ -106,7 +106,7 @@ def test_a_second_call_measures_nothing_anew(summary, shelf_of_runs):
     assert len(measured) >= 32
     assert main(["compare", *flags(shelf_of_runs, output)]) == 0
     assert {path: path.stat().st_mtime_ns for path in output.glob("*/parts/*")} == measured
-    assert json.loads((output / "summary.json").read_text()) == found
+    assert json.loads((output / "comparison" / "summary.json").read_text()) == found
 
 
 def test_a_plan_measures_nothing(shelf_of_runs, tmp_path, capsys):
@@ -148,7 +148,7 @@ def test_a_run_of_the_sweep_that_diverged_is_missing_from_the_table(shelf_of_run
     assert main(["compare", *argv]) == 0
     err = capsys.readouterr().err
     assert "measures failed, first loss of lr-0.1: The weights of 'lr-0.1' are not finite numbers" in err
-    table = json.loads((tmp_path / "out" / "summary.json").read_text())
+    table = json.loads((tmp_path / "out" / "comparison" / "summary.json").read_text())
     assert table["runs"] == summary[0]["runs"]
     assert "its training diverged" in (tmp_path / "out" / "sam" / "report.md").read_text()
 
@@ -162,7 +162,7 @@ def test_a_base_that_diverged_leaves_the_table_of_the_others(shelf_of_runs, tmp_
     good = f"good={shelf_of_runs / 'adamw'},{shelf_of_runs / 'adamw-sft'}"
     for runs in ([f"bad={tmp_path / 'bad'}", good], [good, f"bad={tmp_path / 'bad'}"]):
         assert main(["compare", "--runs", *runs, *argv[3:], "--overwrite"]) == 0
-        table = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
+        table = json.loads((tmp_path / "out" / "comparison" / "summary.json").read_text())["runs"]
         assert table["bad"]["base loss"] is None
         assert table["good"]["base loss"] > 0
         assert "missing" in capsys.readouterr().out

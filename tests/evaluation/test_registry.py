@@ -68,12 +68,12 @@ def test_a_made_up_instrument_is_in_flags_results_report_and_comparison(shelf, t
     report = (tmp_path / "one" / "report.md").read_text()
     assert "## Extremes" in report
     assert "The largest weight is a made-up instrument." in report
-    assert re.search(rf"^\| base\s+\| {value:.3f}\s+\|$", report, re.MULTILINE)
+    assert re.search(rf"^\| base\s+\|\s+{value:.3f}\s+\|$", report, re.MULTILINE)
     assert (tmp_path / "one" / "largest_weight.png").read_bytes().startswith(b"\x89PNG")
     assert commands.main(["report", *folders, "--output", str(tmp_path / "both")]) == 0
     comparison = (tmp_path / "both" / "report.md").read_text()
     assert "## Extremes of the base models" in comparison
-    assert re.search(rf"^\| one\s+\| {value:.3f}\s+\|$", comparison, re.MULTILINE)
+    assert re.search(rf"^\| one\s+\|\s+{value:.3f}\s+\|$", comparison, re.MULTILINE)
     # The setting decides about the result: with another one, it is another evaluation.
     argv[-1] = folders[0]
     argv[argv.index(str(shelf / "tuned1"))] = str(shelf / "base")

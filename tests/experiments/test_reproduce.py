@@ -111,7 +111,7 @@ def test_killed_in_the_middle_and_given_again_it_ends_in_one_report(preset, tmp_
     assert "started data" not in said
     assert "[9/9] report" in said
 
-    summary = json.loads((output / "evaluation" / "summary.json").read_text())
+    summary = json.loads((output / "evaluation" / "comparison" / "summary.json").read_text())
     assert set(summary["runs"]) == {"adamw", "sam"}
     for run in summary["runs"].values():
         assert [row["model"] for row in run["sweep"]] == ["lr-0.0004", "lr-0.004"]

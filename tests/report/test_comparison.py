@@ -20,6 +20,10 @@ def loss(value, wobble=0.0):
     return {"document_losses": losses, "document_tokens": TOKENS, "loss": value}
 
 
+def report(*arguments):
+    return comparison_report(*arguments)[0]
+
+
 def record(name, base=3.0, runs=((2.0, 0.2), (1.5, 0.5), (1.0, 1.0)), damage=0.05, wobble=0.0):
     """A record of a sweep with known (task loss, forgetting), as `evaluate` would write it."""
 
@@ -77,10 +81,10 @@ def cells(markdown, *beginning):
 def test_both_what_was_lost_and_where_it_ended():
     """SAM forgets 0.8 as much, from a base that is worse by 0.04."""
     sam = record("SAM", base=3.04, runs=((2.0, 0.16), (1.5, 0.4), (1.0, 0.8)), damage=0.03)
-    markdown = comparison_report([Results(record("AdamW")), Results(sam)]).markdown()
-    assert cells(markdown, "SAM", "base")[2:] == ["3.0400", "0.0400 [0.0400, 0.0400]"]
+    markdown = report([Results(record("AdamW")), Results(sam)]).markdown()
+    assert cells(markdown, "SAM", "base")[2:] == ["3.0400", "0.0400 [0.0400, 0.0400] ✗"]
     assert "## Quantized to nf4" in markdown
-    assert cells(markdown, "SAM", "3.0400")[2:] == ["0.0300 [0.0300, 0.0300]", "40% [40, 40]", "3.0700"]
+    assert cells(markdown, "SAM", "3.0400")[2:] == ["0.0300 [0.0300, 0.0300]", "40% [40, 40] ✓", "3.0700 ✗"]
     # From 1 to 2, on a convex curve: less than the 0.55 of straight lines, and for the other 0.8 times as much.
     row = cells(markdown, "SAM", "1.00 to 2.00")
     lost = [float(value) for value in row[2].split(" -> ")]
@@ -92,7 +96,7 @@ def test_both_what_was_lost_and_where_it_ended():
 
 def test_sweeps_that_do_not_meet_are_said_to():
     far = record("far", runs=((0.9, 0.1), (0.5, 0.5)))
-    markdown = comparison_report([Results(record("AdamW")), Results(far)]).markdown()
+    markdown = report([Results(record("AdamW")), Results(far)]).markdown()
     assert re.search(r"`far` against `AdamW` at equal task loss: missing\. .*share no task loss", markdown)
 
 
@@ -100,17 +104,17 @@ def test_other_data_is_refused():
     other = record("other")
     other["data"][0]["fingerprint"] = "c"
     with pytest.raises(ValueError, match="old data 'old' of 'AdamW' and 'other' are not the same tokens"):
-        comparison_report([Results(record("AdamW")), Results(other)])
+        report([Results(record("AdamW")), Results(other)])
     other = record("other")
     other["data"][0]["name"] = "elsewhere"
     with pytest.raises(ValueError, match="on the same data"):
-        comparison_report([Results(record("AdamW")), Results(other)])
+        report([Results(record("AdamW")), Results(other)])
     other = record("other")
     other["settings"]["dtype"] = "bfloat16"
     with pytest.raises(ValueError, match="in float32, 'other' in bfloat16"):
-        comparison_report([Results(record("AdamW")), Results(other)])
+        report([Results(record("AdamW")), Results(other)])
     with pytest.raises(ValueError, match="same name"):
-        comparison_report([Results(record("AdamW")), Results(record("AdamW"))])
+        report([Results(record("AdamW")), Results(record("AdamW"))])
 
 
 def test_one_document_is_no_inflection():
@@ -120,14 +124,14 @@ def test_one_document_is_no_inflection():
             if part["part"] == "loss":
                 for key in ("document_losses", "document_tokens"):
                     part["result"][key] = part["result"][key][:1]
-    markdown = comparison_report([Results(one) for one in records], [1, 2, 3]).markdown()
+    markdown = report([Results(one) for one in records], [1, 2, 3]).markdown()
     assert "may be chance" in cells(markdown, "tuned", "none")[2]
 
 
 def test_sharpness_with_other_settings_is_not_compared():
     other = copy.deepcopy(record("other"))
     other["settings"]["sharpness_documents"] = 8
-    markdown = comparison_report([Results(record("AdamW")), Results(other)]).markdown()
+    markdown = report([Results(record("AdamW")), Results(other)]).markdown()
     assert cells(markdown, "other", "other settings")[1:] == ["other settings"] * 2
 
 
@@ -138,11 +142,11 @@ def test_inflection_over_checkpoints():
         Results(record(f"{budget:g}", base=3.0 - i / 10, runs=((1.0, end - 3.0 + i / 10), (2.0, 0.01))))
         for i, (budget, end) in enumerate(ends.items())
     ]
-    markdown = comparison_report(checkpoints, list(ends)).markdown()
+    markdown = report(checkpoints, list(ends)).markdown()
     assert cells(markdown, "tuned", "2e+09")[2].startswith("the last checkpoint is worse by 0.1000")
     assert cells(markdown, "base", "none")[2] == "more pretraining never made it worse"
     with pytest.raises(ValueError, match="1 budgets for 3"):
-        comparison_report(checkpoints, [1.0])
+        report(checkpoints, [1.0])
 
 
 def test_a_rise_that_may_be_chance_is_no_inflection():
@@ -154,7 +158,7 @@ def test_a_rise_that_may_be_chance_is_no_inflection():
     last["document_losses"] = [
         value + sign * 10 for value, sign in zip(last["document_losses"], (1, -1, 1, -1), strict=True)
     ]
-    markdown = comparison_report([Results(one) for one in records], [1, 2, 3]).markdown()
+    markdown = report([Results(one) for one in records], [1, 2, 3]).markdown()
     assert "may be chance: 0.0050" in cells(markdown, "tuned", "none")[2]
 
 

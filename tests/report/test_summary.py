@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hf_sam.evaluation import Results
-from hf_sam.report.summary import summarize, summary_document
+from hf_sam.report.summary import summarize
+from hf_sam.report.tables import summary_document
 from hf_sam.statistics import HeldOutLoss
 
 

@@ -1,0 +1,138 @@
+"""The verdict of a comparison in words: what was lost, where it ended, at what cost, and how sure that is."""
+
+from collections.abc import Mapping
+
+from ..evaluation.results import Results
+from ..runtime.markdown import code
+from ..statistics import Estimate, forgetting
+
+# More fine-tuned models than this are not listed one by one.
+_SHOWN = 4
+
+
+def verdict(summary: dict) -> list[str]:
+    """One sentence or a few for each run but the reference, and one about how sure they are."""
+    reference = code(summary["reference"])
+    found = []
+    for name, run in summary["runs"].items():
+        if name != summary["reference"]:
+            parts = [_lost(run, reference), _ended(run, reference), _cost(summary, name)]
+            found.append(f"{code(name)} " + " ".join(part for part in parts if part))
+    return [*found, _certainty(summary)] if found else [f"There is only one run, {reference}, and nothing to compare."]
+
+
+def verdict_of_evaluation(results: Results) -> list[str]:
+    """What fine-tuning and few bits cost, in one sentence a model, and how sure that is."""
+    data = results.old[0]
+    base = results.loss(results.base, data)
+    if base is None:
+        return [f"The loss of the base {code(results.base)} on {code(data)} is not known; see the table of failures."]
+    found = []
+    runs = [(name, results.loss(name, data)) for name in results.tuned]
+    known = sorted((run for run in runs if run[1] is not None), key=lambda run: run[1].loss)
+    shown = known if len(known) <= _SHOWN else [known[0], known[-1]]
+    if shown is not known:
+        found.append(f"Of {len(known)} fine-tuned models these forgot least and most:")
+    for name, loss in shown:
+        lost = forgetting(base, loss)
+        sentence = f"{code(name)} {_forgot(lost)} on {code(data)}, where its loss is {loss.loss:.4f}"
+        task = results.loss(name, results.tasks[0]) if results.tasks else None
+        found.append(f"{sentence}." if task is None else f"{sentence}; its loss on the task is {task.loss:.4f}.")
+    if missing := [name for name, loss in runs if loss is None]:
+        found.append(f"Not known, see the table of failures: {', '.join(map(code, missing))}.")
+    for scheme in results.schemes():
+        after = results.loss(results.base, data, scheme)
+        if after is not None:
+            costs = forgetting(base, after)
+            found.append(
+                f"{code(scheme)} costs {code(results.base)} {costs} nats per token, to a loss of {after.loss:.4f}."
+            )
+    if not found:
+        found.append(f"The loss of {code(results.base)} on {code(data)} is {base.interval()} nats per token.")
+    return [*found, "How sure: intervals (95%) are over documents; training with another seed may change more."]
+
+
+def _forgot(lost: Estimate) -> str:
+    if lost.problem or lost.low <= 0 <= lost.high:
+        return f"forgot {lost} nats per token, which may be none,"
+    return (
+        f"**forgot** {lost} nats per token" if lost.value > 0 else f"**improved** by {lost.scaled(-1.0)} nats per token"
+    )
+
+
+def _lost(run: dict, reference: str) -> str:
+    fine_tuned = (run["fine-tuned"] or {}).get("reduction")
+    clauses = [] if fine_tuned is None else [_more_or_less("forgets", fine_tuned, " at equal task loss", ".1f")]
+    for scheme, quantized in run["quantized"].items():
+        if quantized["reduction"] is not None:
+            clauses.append(_more_or_less("loses", quantized["reduction"], f" to {code(scheme)}", ".0f"))
+    if not clauses:
+        return f"cannot be compared with {reference} in what it lost."
+    return f"{_joined(clauses)} than {reference}."
+
+
+def _more_or_less(verb: str, reduction: Mapping, what: str, form: str) -> str:
+    one = Estimate.from_dict(dict(reduction))
+    number = f"{abs(one.value):{form}}%"
+    if one.problem:
+        return f"{verb} about {number} {'less' if one.value > 0 else 'more'}{what} (no interval)"
+    ends = sorted((abs(one.low), abs(one.high))) if one.low * one.high > 0 else (one.low, one.high)
+    span = f"[{ends[0]:{form}}, {ends[1]:{form}}]"
+    if one.low > 0:
+        return f"**{verb} {number} less** {span}{what}"
+    if one.high < 0:
+        return f"**{verb} {number} more** {span}{what}"
+    return f"{verb} neither less nor more, as far as shown (a reduction of {one.value:{form}}% {span}),{what}"
+
+
+def _ended(run: dict, reference: str) -> str:
+    clauses = []
+    end = (run["fine-tuned"] or {}).get("loss difference")
+    if end is not None:
+        clauses.append(_higher_or_lower(end, "after fine-tuning"))
+    for scheme, quantized in run["quantized"].items():
+        if quantized["loss difference"] is not None:
+            clauses.append(_higher_or_lower(quantized["loss difference"], f"in {code(scheme)}"))
+    if not clauses and run["base difference"] is not None:
+        clauses.append(_higher_or_lower(run["base difference"], "as a base"))
+    return f"Its loss ends {_joined(clauses)}." if clauses else ""
+
+
+def _higher_or_lower(difference: Mapping, where: str) -> str:
+    one = Estimate.from_dict(dict(difference))
+    number = f"{abs(one.value):.4f}"
+    direction = "higher" if one.value > 0 else "lower"
+    if one.problem or one.low <= 0 <= one.high:
+        return f"{number} {direction} {where}, which may be chance"
+    return f"**{number} {direction}** {where}"
+
+
+def _cost(summary: dict, name: str) -> str:
+    took, first = ((summary["runs"][one]["training"] or {}) for one in (name, summary["reference"]))
+    if "passes" not in took or "passes" not in first:
+        return ""
+    cost = took["own_steps"] * took["passes"] / (first["own_steps"] * first["passes"])
+    sentence = f"Its training cost {cost:.2f} times as much"
+    return f"{sentence}, and no plain run had that much." if name in without_equal_compute(summary) else f"{sentence}."
+
+
+def _certainty(summary: dict) -> str:
+    counts = [len(run["seeds"]) for run in summary["runs"].values()]
+    if min(counts) < 2:
+        return (
+            "How sure: intervals are over documents only. Training with another seed may change these numbers by more "
+            "than that; repeat it with three seeds or more (`--seeds`) before you rely on them."
+        )
+    return f"How sure: intervals are over documents and {min(counts)} or more training seeds."
+
+
+def without_equal_compute(summary: dict) -> list[str]:
+    """Runs with SAM that took more passes than any run without it."""
+    took = {name: run["training"] or {} for name, run in summary["runs"].items()}
+    compute = {name: one["own_steps"] * one["passes"] for name, one in took.items() if "passes" in one}
+    plain = [compute[name] for name in compute if not took[name]["sam_steps"]]
+    return [name for name in compute if took[name]["sam_steps"] and compute[name] > 1.05 * max(plain, default=0.0)]
+
+
+def _joined(clauses: list[str]) -> str:
+    return clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])} and {clauses[-1]}"
