@@ -84,4 +84,8 @@ class PartStore:
         path = self._path(about, depends)
         if rank_and_world()[0] != 0 or not path.exists():
             return None
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # truncated, e.g. by a full disk: measured again
+            return None
+        return record if isinstance(record, dict) and record.get("result") is not None else None

@@ -35,9 +35,13 @@ def load_examples(data: SFTDataArguments, seed: int) -> tuple["datasets.Dataset"
             )
         if len(rows) <= data.held_out_examples:
             raise ValueError(f"it has {len(rows)} examples, no more than held_out_examples={data.held_out_examples}.")
-        examples = rows.shuffle(seed=seed).map(
-            format_example, fn_kwargs={"data": data}, remove_columns=rows.column_names, desc="Formatting examples"
-        )
+        examples = rows.map(
+            format_example,
+            with_indices=True,
+            fn_kwargs={"data": data},
+            remove_columns=rows.column_names,
+            desc="Formatting examples",
+        ).shuffle(seed=seed)
     except ValueError as error:
         raise ValueError(f"Fine-tuning data {data.dataset!r}: {error}") from error
     held_out = examples.select(range(data.held_out_examples))
@@ -57,22 +61,26 @@ def _rows(place: str, split: str | None, columns: list[str], count: int | None, 
     return Dataset.from_list(list(stream.shuffle(seed=seed, buffer_size=10_000).take(count)))
 
 
-def format_example(row: dict, data: SFTDataArguments) -> dict:
-    """A row as `messages`, as `text`, or as `prompt` and `completion`.
+def format_example(row: dict, index: int, data: SFTDataArguments) -> dict:
+    """A row as `messages`, as `text`, or as `prompt` and `completion`; `index` counts from 0.
 
     Raises:
-        ValueError: if a column has the wrong type.
+        ValueError: if a column has the wrong type; the message names the row.
     """
     if data.dataset_format == "messages":
         messages = row[data.content_column]
         if not isinstance(messages, list) or not all(
             isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
         ):
-            raise ValueError(f"the column {data.content_column!r} must hold lists of messages with role and content.")
+            raise ValueError(
+                f"row {index + 1}: the column {data.content_column!r} must hold lists of messages with role and "
+                "content."
+            )
         return {"messages": [{"role": m["role"], "content": m["content"]} for m in messages]}
     for name in data.columns:
         if not isinstance(row[name], str):
-            raise ValueError(f"the column {name!r} holds {type(row[name]).__name__} instead of text.")
+            held = "null" if row[name] is None else type(row[name]).__name__
+            raise ValueError(f"row {index + 1}: the column {name!r} holds {held} instead of text.")
     if data.dataset_format == "text":
         return {"text": row[data.content_column]}
     if data.dataset_format == "hh":

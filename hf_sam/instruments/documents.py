@@ -105,16 +105,16 @@ class HeldOutData:
             ValueError: if the column is missing or not of the right type, or there is nothing in it.
         """
         rows = islice_rows(dataset, max_documents)
-        texts: list[Any] = [row if isinstance(row, str) else _field(row, column) for row in rows]
+        kind = list if column == "messages" else str
+        texts: list[Any] = [
+            row if isinstance(row, str) else _field(row, column, i, kind) for i, row in enumerate(rows, start=1)
+        ]
         if column == "completion":
-            prompts = [_field(row, "prompt") for row in rows]
+            prompts = [_field(row, "prompt", i, str) for i, row in enumerate(rows, start=1)]
             encoded = [_completion(tokenizer, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         elif column == "messages":
             encoded = [_chat(tokenizer, messages) for messages in texts]
         else:
-            for text in texts:
-                if not isinstance(text, str):
-                    raise ValueError(f"The column {column!r} must hold text, but holds {type(text).__name__}.")
             encoded = _tokenized(tokenizer, texts)
         pad = tokenizer.pad_token_id
         return cls(encoded, max_length=max_length, pad_token_id=0 if pad is None else pad)
@@ -182,13 +182,21 @@ def islice_rows(dataset, max_documents: int | None) -> Sequence:
     return [dataset[i] for i in range(count)]
 
 
-def _field(row, column: str):
+def _field(row, column: str, number: int, kind: type):
     if column not in row:
         raise ValueError(
             f"The held-out data has no column {column!r}; its columns are {', '.join(map(repr, row))}. Name one with "
             "column=... (on the command line: --data_column)."
         )
-    return row[column]
+    value = row[column]
+    if not isinstance(value, kind):
+        holds = "nothing (null)" if value is None else f"a value of type {type(value).__name__}"
+        wanted = "text" if kind is str else "a list of messages"
+        raise ValueError(
+            f"Row {number} of the held-out data has {holds} in the column {column!r}, which must hold {wanted}. Mend "
+            "or remove the row."
+        )
+    return value
 
 
 def _tokenized(tokenizer, texts: list[str]) -> list[dict]:

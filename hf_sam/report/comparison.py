@@ -60,7 +60,8 @@ def comparison_report(
     for other in results[1:]:
         _check_comparable(reference, other)
     methods = group_by_seed(results, pattern)
-    document = Document("Comparison: " + ", ".join(method.name for method in methods))
+    few = ", ".join(method.name for method in methods)
+    document = Document(f"Comparison: {few}" if len(methods) <= 4 else f"Comparison of {len(methods)} runs")
     document.text(
         f"{code(methods[0].name)} is the reference. What was lost and where it ended stand side by side, because a "
         "model that loses less may still end worse."

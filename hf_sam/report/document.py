@@ -12,7 +12,7 @@ from typing import Literal
 from ..runtime.markdown import literal_text, markdown_table
 
 # A cell that is a number, with an interval or not; or says that there is none.
-_NUMBER = re.compile(r"[-+]?\d|not finite|missing$|-$|$")
+_NUMBER = re.compile(r"[-+]?\d|not finite|missing$|reference$|-$|$")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ def plot_sweeps(sweeps: Mapping[str, Sequence[Sequence[TunedRun]]]) -> bytes:
                 _plot_sweep(both, sweep, {**style, **label})
         for axes in both:
             axes.invert_xaxis()
-        both[0].legend()
+        if len(sweeps) <= 4:
+            both[0].legend()
+        else:  # would cover the curves
+            both[0].figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return render()
 
 

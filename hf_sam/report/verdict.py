@@ -11,14 +11,38 @@ _SHOWN = 4
 
 
 def verdict(summary: dict) -> list[str]:
-    """One sentence or a few for each run but the reference, and one about how sure they are."""
+    """A few sentences for each run but the reference, and one about how sure they are.
+
+    Of many runs, those that ended best and that lost least; the table has the others.
+    """
     reference = code(summary["reference"])
+    others = {name: run for name, run in summary["runs"].items() if name != summary["reference"]}
+    if not others:
+        return [f"There is only one run, {reference}, and nothing to compare."]
     found = []
-    for name, run in summary["runs"].items():
-        if name != summary["reference"]:
-            parts = [_lost(run, reference), _ended(run, reference), _cost(summary, name)]
-            found.append(f"{code(name)} " + " ".join(part for part in parts if part))
-    return [*found, _certainty(summary)] if found else [f"There is only one run, {reference}, and nothing to compare."]
+    shown = list(others) if len(others) <= _SHOWN else _best(others)
+    for name in shown:
+        run = others[name]
+        parts = [f"{code(name)} against {reference}: {_lost(run)}", _ended(run), _cost(summary, name)]
+        found.append(" ".join(part for part in parts if part))
+    if len(shown) < len(others):
+        found.append(f"These ended best or lost least; the other {len(others) - len(shown)} runs are in the table.")
+    return [*found, _certainty(summary)]
+
+
+def _best(runs: dict) -> list[str]:
+    """Names of the runs that ended best and that lost least, in each respect in which all can be compared."""
+    chosen: list[str] = []
+    for part, key, sign in (("fine-tuned", "loss difference", 1), ("fine-tuned", "reduction", -1)):
+        values = {name: (run[part] or {}).get(key) for name, run in runs.items()}
+        known = {name: sign * value["value"] for name, value in values.items() if value and value["value"] is not None}
+        chosen += [min(known, key=known.get)] if known else []
+    for scheme in next(iter(runs.values()))["quantized"]:
+        for key, sign in (("loss difference", 1), ("reduction", -1)):
+            values = {name: run["quantized"][scheme][key] for name, run in runs.items()}
+            known = {name: sign * one["value"] for name, one in values.items() if one and one["value"] is not None}
+            chosen += [min(known, key=known.get)] if known else []
+    return list(dict.fromkeys(chosen))[:_SHOWN]
 
 
 def verdict_of_evaluation(results: Results) -> list[str]:
@@ -60,15 +84,15 @@ def _forgot(lost: Estimate) -> str:
     )
 
 
-def _lost(run: dict, reference: str) -> str:
+def _lost(run: dict) -> str:
     fine_tuned = (run["fine-tuned"] or {}).get("reduction")
     clauses = [] if fine_tuned is None else [_more_or_less("forgets", fine_tuned, " at equal task loss", ".1f")]
     for scheme, quantized in run["quantized"].items():
         if quantized["reduction"] is not None:
             clauses.append(_more_or_less("loses", quantized["reduction"], f" to {code(scheme)}", ".0f"))
     if not clauses:
-        return f"cannot be compared with {reference} in what it lost."
-    return f"{_joined(clauses)} than {reference}."
+        return "what they lost cannot be compared."
+    return f"{_joined(clauses)}."
 
 
 def _more_or_less(verb: str, reduction: Mapping, what: str, form: str) -> str:
@@ -77,15 +101,15 @@ def _more_or_less(verb: str, reduction: Mapping, what: str, form: str) -> str:
     if one.problem:
         return f"{verb} about {number} {'less' if one.value > 0 else 'more'}{what} (no interval)"
     ends = sorted((abs(one.low), abs(one.high))) if one.low * one.high > 0 else (one.low, one.high)
-    span = f"[{ends[0]:{form}}, {ends[1]:{form}}]"
+    span = f"[{ends[0]:z{form}}, {ends[1]:z{form}}]"
     if one.low > 0:
         return f"**{verb} {number} less** {span}{what}"
     if one.high < 0:
         return f"**{verb} {number} more** {span}{what}"
-    return f"{verb} neither less nor more, as far as shown (a reduction of {one.value:{form}}% {span}),{what}"
+    return f"{verb} about as much{what} ({one.value:z{form}}% less {span})"
 
 
-def _ended(run: dict, reference: str) -> str:
+def _ended(run: dict) -> str:
     clauses = []
     end = (run["fine-tuned"] or {}).get("loss difference")
     if end is not None:
@@ -103,7 +127,7 @@ def _higher_or_lower(difference: Mapping, where: str) -> str:
     number = f"{abs(one.value):.4f}"
     direction = "higher" if one.value > 0 else "lower"
     if one.problem or one.low <= 0 <= one.high:
-        return f"{number} {direction} {where}, which may be chance"
+        return f"{number} {direction} {where} (may be chance)"
     return f"**{number} {direction}** {where}"
 
 

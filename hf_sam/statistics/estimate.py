@@ -48,6 +48,8 @@ class Estimate:
             scale (`float`, defaults to 1.0): factor, e.g. 100 for per cent.
             unit (`str`): behind the value, e.g. `"%"`.
         """
+        # Without the sign of a zero.
+        form = f"{form[0]}z{form[1:]}" if form[0] in "+-" else f"z{form}"
         value = f"{scale * self.value:{form}}{unit}"
         if self.problem:
             return f"{value} [no interval]"

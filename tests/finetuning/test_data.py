@@ -65,7 +65,7 @@ def test_transcripts_become_conversations(tmp_path):
             {"dataset_format": "messages", "content_column": "messages"},
             "'messages' must",
         ),
-        ({"prompt": "a", "completion": None}, {}, "'completion' holds NoneType"),
+        ({"prompt": "a", "completion": None}, {}, "row 1: the column 'completion' holds null"),
         ({"text": 3}, {"dataset_format": "text"}, "'text' holds int"),
         ({"instruction": "a"}, {"dataset_format": "alpaca"}, "no column 'input'"),
     ],

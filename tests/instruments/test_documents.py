@@ -63,7 +63,19 @@ def test_fingerprint_tells_data_apart():
         (lambda: HeldOutData.from_dataset(Dataset.from_dict({"text": []}), tokenizer()), "empty"),
         (
             lambda: HeldOutData.from_dataset(Dataset.from_dict({"text": [1]}), tokenizer()),
-            "must hold text, but holds int",
+            "Row 1 .* a value of type int in the column 'text', which must hold text",
+        ),
+        (
+            lambda: HeldOutData.from_dataset([{"text": "w1 w2"}, {"text": None}], tokenizer()),
+            r"Row 2 of the held-out data has nothing \(null\) in the column 'text'",
+        ),
+        (
+            lambda: HeldOutData.from_dataset([{"prompt": None, "completion": "w1"}], tokenizer(), column="completion"),
+            r"Row 1 .*nothing \(null\) in the column 'prompt'",
+        ),
+        (
+            lambda: HeldOutData.from_dataset([{"messages": "w1"}], tokenizer(), column="messages"),
+            "Row 1 .*type str in the column 'messages', which must hold a list of messages",
         ),
         (lambda: HeldOutData([]), "empty"),
         (lambda: HeldOutData([{"input_ids": [5]}]), "has a token to predict"),
