@@ -7,12 +7,13 @@ training of a model diverged, is missing from the tables; the report of its run 
 
 from pathlib import Path
 
-from ..evaluation import EvaluationArguments
+from ..evaluation import EvaluationArguments, Results
 from ..evaluation.run import Evaluation
 from ..evaluation.settings import arguments_class
 from ..instruments.benchmarks import expand_tasks
 from ..report import write_comparison, write_report
 from ..report.tables import summary_document
+from ..report.trackers import check_trackers, log_results
 from ..runtime.config import ConfigParser, DryRunArguments
 from ..runtime.distributed import join_processes, rank_and_world
 from ..runtime.run_record import FINISHED
@@ -48,12 +49,14 @@ def compare(argv: list[str]) -> int:
         print(plan_text(settings))
         return 0
     join_processes()
+    check_trackers(settings[0].report_to)
     # All of them before any is measured, so that a mistake in the last one is reported at once.
     evaluations = [Evaluation(one) for one in settings]
     records = [one.run() for one in evaluations]
     if rank_and_world()[0] == 0:
         for one, record in zip(settings, records, strict=True):
             write_report(record, one.output)
+            log_results(Results(record), one.report_to, one.output)
             print_failures(record)
         if len(settings) > 1:
             _, summary = write_comparison([one.output for one in settings], output / "comparison")

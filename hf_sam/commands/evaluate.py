@@ -9,6 +9,7 @@ from ..evaluation.results import Results
 from ..evaluation.run import evaluate
 from ..evaluation.settings import arguments_class
 from ..report.pages import short_report, write_report
+from ..report.trackers import check_trackers, log_results
 from ..runtime.config import ConfigParser
 from ..runtime.distributed import join_processes, rank_and_world
 from .launch import run_or_launch
@@ -33,12 +34,14 @@ def measure(argv: list[str]) -> int:
     (settings,) = make_parser().parse(argv, ignore_unknown=True)
     join_processes()
     logging.set_verbosity_error()
+    check_trackers(settings.report_to)
     record = evaluate(settings)
     if rank_and_world()[0] == 0:
         print(short_report(Results(record)).markdown())
         for path in write_report(record, settings.output):
             print(path)
         print(Path(settings.output) / "results.json")
+        log_results(Results(record), settings.report_to, settings.output)
         print_failures(record)
     return 1 if failed_parts(record) else 0
 

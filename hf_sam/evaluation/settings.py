@@ -64,6 +64,7 @@ class EvaluationArguments:
     dtype: str = _flag("float32", "Precision in which models are loaded.")
     device: str = _flag("", "Device, or 'auto' to spread each model over all; the accelerator if there is one.")
     seed: int = _flag(0, "Seed of noise and random vectors.")
+    report_to: list[str] = _flag([], "Trackers for the results: wandb, trackio, tensorboard, or others of accelerate.")
 
     def __new__(cls, *args, **kwargs):
         # The fields of all instruments that are registered by now.

@@ -14,7 +14,19 @@ _EXTRA = {
     "reasoning_gym": "recipes",
 }
 # Packages that no extra installs.
-_ALONE = {"gptqmodel", "optimum"}
+_ALONE = {
+    "gptqmodel",
+    "optimum",
+    "wandb",
+    "trackio",
+    "tensorboard",
+    "mlflow",
+    "comet_ml",
+    "aim",
+    "clearml",
+    "dvclive",
+    "swanlab",
+}
 
 
 def require(package: str, what: str) -> None:
