@@ -110,7 +110,7 @@ def test_every_measure_that_is_named_exists():
 def test_the_evaluations_have_the_flags_that_are_shown(command):
     from hf_sam.commands import evaluate
 
-    (settings,) = evaluate.make_parser().parse(shlex.split(command)[2:])
+    settings, _ = evaluate.make_parser().parse(shlex.split(command)[2:])
     assert settings.base
 
 

@@ -5,9 +5,11 @@ other flags are those of `hf-sam evaluate`. Finished measurements are not repeat
 training of a model diverged, is missing from the tables; the report of its run has the reason.
 """
 
+import os
 from pathlib import Path
 
 from ..evaluation import EvaluationArguments, Results
+from ..evaluation.dry_run import plan_text as hours_text
 from ..evaluation.run import Evaluation
 from ..evaluation.settings import arguments_class
 from ..instruments.benchmarks import expand_tasks
@@ -15,6 +17,7 @@ from ..report import write_comparison, write_report
 from ..report.tables import summary_document
 from ..report.trackers import check_trackers, log_results
 from ..runtime.config import ConfigParser, DryRunArguments
+from ..runtime.dataset_specs import parse_spec
 from ..runtime.distributed import join_processes, rank_and_world
 from ..runtime.run_record import FINISHED
 from .evaluate import print_failures
@@ -47,6 +50,8 @@ def compare(argv: list[str]) -> int:
         raise ValueError(f"--runs {' '.join(runs)}: two runs have the same name.")
     if dry_run:
         print(plan_text(settings))
+        if all(os.path.isdir(parse_spec(model)[1]) for one in settings for model in (one.base, *one.tuned)):
+            print("\n" + "\n\n".join(hours_text(Evaluation(one, dry_run=True)) for one in settings))
         return 0
     join_processes()
     check_trackers(settings[0].report_to)

@@ -5,19 +5,20 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..evaluation.dry_run import plan_text
 from ..evaluation.results import Results
-from ..evaluation.run import evaluate
+from ..evaluation.run import Evaluation, evaluate
 from ..evaluation.settings import arguments_class
 from ..report.pages import short_report, write_report
 from ..report.trackers import check_trackers, log_results
-from ..runtime.config import ConfigParser
+from ..runtime.config import ConfigParser, DryRunArguments
 from ..runtime.distributed import join_processes, rank_and_world
 from .launch import run_or_launch
 
 
 def make_parser() -> ConfigParser:
     """The parser of `hf-sam evaluate`."""
-    return ConfigParser(arguments_class(), prog="hf-sam evaluate")
+    return ConfigParser((arguments_class(), DryRunArguments), prog="hf-sam evaluate")
 
 
 def main(argv: list[str]) -> int:
@@ -31,10 +32,13 @@ def measure(argv: list[str]) -> int:
     Returns:
         `int`: 0, or 1 if a measure failed: the others are there, and the report says which failed and why.
     """
-    (settings,) = make_parser().parse(argv, ignore_unknown=True)
+    settings, run = make_parser().parse(argv, ignore_unknown=True)
     join_processes()
     logging.set_verbosity_error()
     check_trackers(settings.report_to)
+    if run.dry_run:
+        print(plan_text(Evaluation(settings, dry_run=True)))
+        return 0
     record = evaluate(settings)
     if rank_and_world()[0] == 0:
         print(short_report(Results(record)).markdown())

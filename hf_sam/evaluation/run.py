@@ -51,15 +51,20 @@ def evaluate(settings: EvaluationArguments) -> dict:
 
 
 class Evaluation:
-    """One evaluation; see [`evaluate`]."""
+    """One evaluation; see [`evaluate`].
 
-    def __init__(self, settings: EvaluationArguments):
+    Args:
+        settings ([`EvaluationArguments`]): what to measure.
+        dry_run (`bool`, defaults to `False`): check everything, but write nothing.
+    """
+
+    def __init__(self, settings: EvaluationArguments, dry_run: bool = False):
         self.settings = settings
         self.instruments = settings.instruments
         self.started = time.time()
         self.models = Models(getattr(torch, settings.dtype), settings.device)
         self._check_packages()
-        self.store = PartStore(settings.output, versions())
+        self.store = PartStore(settings.output, versions(), write=not dry_run)
         self.sources = with_distinct_names([find_model(spec) for spec in (settings.base, *settings.tuned)])
         self.base, *self.tuned = self.sources
         self.tokenizer = self.base.tokenizer()
@@ -184,7 +189,8 @@ class Evaluation:
     def _ready_made(self, source: LocalModel) -> list[ReadyMade]:
         return [made for made in self.ready_made if made.model is source]
 
-    def _quantized_variants(self, source: LocalModel) -> list[str]:
+    def quantized_variants(self, source: LocalModel) -> list[str]:
+        """Names of the quantized variants of a model."""
         return [*self.settings.quantize, *(made.scheme for made in self._ready_made(source))]
 
     def _measure_triple(self, instrument: Instrument):
@@ -212,7 +218,7 @@ class Evaluation:
         try:
             with opened() as (model, made_of):
                 for about, depends, measure in parts:
-                    needs = [(source.name, "")] if variant in self._quantized_variants(source) else []
+                    needs = [(source.name, "")] if variant in self.quantized_variants(source) else []
                     needs += [(source.name, variant)] if about["part"] not in ("loss", "quantized") else []
                     self._store(about, depends, functools.partial(measure, model, made_of), needs)
                     left.pop(0)
@@ -227,7 +233,7 @@ class Evaluation:
     ) -> Iterator[tuple[dict, dict, Callable]]:
         settings = self.settings
         common = {"model": source.name, "variant": variant}
-        if variant in self._quantized_variants(source):
+        if variant in self.quantized_variants(source):
             proof = lambda model, made_of: made_of.to_dict()  # noqa: E731
             yield {"part": "quantized", **common}, depends, proof
         for instrument in self._of("variant"):

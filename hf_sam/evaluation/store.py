@@ -26,18 +26,20 @@ class PartStore:
     """Computes each part once and stores it in a folder.
 
     Args:
-        folder (`str` or `Path`): made if need be.
+        folder (`str` or `Path`): of the evaluation.
         versions (`dict[str, str]`): of all packages that results depend on.
+        write (`bool`, defaults to `True`): make the folder if need be; a dry run does not.
 
     Raises:
         OSError: if the folder cannot be written to, or its disk is full.
     """
 
-    def __init__(self, folder: str | Path, versions: dict[str, str]):
+    def __init__(self, folder: str | Path, versions: dict[str, str], write: bool = True):
         self.versions = versions
         self.folder = Path(folder) / "parts"
         self.records: list[dict] = []
-        compute_on_first(self._prepare)
+        if write:
+            compute_on_first(self._prepare)
 
     def _prepare(self) -> None:
         check_disk(self.folder, _SPACE, f"an evaluation in {str(self.folder.parent)!r}")

@@ -35,6 +35,9 @@ OLMES_CORE_9 = (
 # As in OLMES.
 FEW_SHOT = 5
 
+# Requests of a task whose tokens are counted in a dry run, and tokens that the harness generates by default.
+_SAMPLE, _GENERATED = 200, 256
+
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -147,6 +150,35 @@ def load_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
                 )
 
 
+def benchmark_tokens(settings, tokenizer) -> int:
+    """How many tokens a model reads and generates in `--benchmarks`, about, from a sample of the requests of each task.
+
+    Raises:
+        ValueError: if the data of a task cannot be loaded.
+    """
+    from lm_eval.tasks import get_task_dict
+
+    names, folder = expand_tasks(settings.benchmarks), settings.task_folder or None
+    load_tasks(names, folder)
+    total = 0
+    for task in _flat(get_task_dict(names, _manager(*_where(names, folder)))).values():
+        task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        task.set_fewshot_seed(seed=settings.seed)
+        task.build_all_requests(limit=settings.benchmark_limit or None)
+        texts = ["".join(one for one in request.args if isinstance(one, str)) for request in task.instances]
+        sample = texts[:: max(1, len(texts) // _SAMPLE)]
+        read = sum(len(ids) for ids in tokenizer(sample, verbose=False)["input_ids"]) / len(sample)
+        written = sum(_written(request) for request in task.instances) / len(texts)
+        total += round((read + written) * len(texts))
+    return total
+
+
+def _written(request) -> int:
+    """Tokens that a request generates at most."""
+    options = next((one for one in request.args if isinstance(one, dict)), {})
+    return options.get("max_gen_toks", _GENERATED) if request.request_type == "generate_until" else 0
+
+
 def _flat(tasks: dict) -> dict:
     """Tasks by name, without their groups."""
     flat = {}
@@ -190,13 +222,19 @@ def _not_negative(value: int) -> str | None:
     return None if value >= 0 else "must not be negative"
 
 
-def _dtype(settings) -> str:
-    """The precision of benchmarks: bf16 on a GPU, where fp32 takes many times as long; elsewhere that of weights."""
+def benchmark_dtype(settings, on_gpu: bool | None = None) -> str:
+    """The precision of benchmarks: bf16 on a GPU, where fp32 takes many times as long; elsewhere that of weights.
+
+    Args:
+        settings: those of an evaluation.
+        on_gpu (`bool`, *optional*): whether it runs on a GPU; by default, whether it would here.
+    """
     if settings.benchmark_dtype != "auto":
         return settings.benchmark_dtype
-    named = settings.device not in ("", "auto")
-    on_cpu = (torch.device(settings.device) if named else default_device()).type == "cpu"
-    return settings.dtype if on_cpu or settings.dtype != "float32" else "bfloat16"
+    if on_gpu is None:
+        named = settings.device not in ("", "auto")
+        on_gpu = (torch.device(settings.device) if named else default_device()).type != "cpu"
+    return "bfloat16" if on_gpu and settings.dtype == "float32" else settings.dtype
 
 
 def _options(settings) -> dict:
@@ -206,7 +244,7 @@ def _options(settings) -> dict:
         "limit": settings.benchmark_limit or None,
         "include_path": settings.task_folder or None,
         "seed": settings.seed,
-        "dtype": getattr(torch, _dtype(settings)) if _dtype(settings) != settings.dtype else None,
+        "dtype": getattr(torch, benchmark_dtype(settings)) if benchmark_dtype(settings) != settings.dtype else None,
     }
 
 
@@ -236,7 +274,7 @@ register(
         options=_options,
         facts=lambda settings: {
             "task_folder": fingerprint_of_folder(settings.task_folder),
-            "computed in": _dtype(settings),
+            "computed in": benchmark_dtype(settings),
         },
         check=lambda settings: check_tasks(expand_tasks(settings.benchmarks), settings.task_folder or None),
         fetch=lambda settings: load_tasks(expand_tasks(settings.benchmarks), settings.task_folder or None),

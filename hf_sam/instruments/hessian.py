@@ -282,6 +282,7 @@ def _scalars(found: dict) -> dict[str, float]:
 register(
     Instrument(
         name="hessian",
+        passes=240,
         group="sharpness",
         help="largest eigenvalue and trace of the Hessian",
         measure=lambda model, data, **options: hessian_spectrum(model, data, **options).to_dict(),

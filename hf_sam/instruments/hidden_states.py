@@ -166,6 +166,7 @@ def _plots(results: Mapping[str, dict]) -> list[Plot]:
 register(
     Instrument(
         name="hidden_states",
+        passes=2,
         group="similarity",
         help="principal angles and CKA of hidden states, by layer",
         measure=lambda base, tuned, data, **options: representation_similarity(base, tuned, data, **options).to_dict(),

@@ -128,6 +128,7 @@ def kl_divergence(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 register(
     Instrument(
         name="kl",
+        passes=11,
         group="sharpness",
         help="KL divergence under Gaussian noise of 1e-5",
         measure=lambda model, data, **options: noise_kl(model, data, **options).to_dict(),

@@ -131,6 +131,7 @@ def plot_line(lines: Mapping[str, dict]) -> bytes:
 register(
     Instrument(
         name="line",
+        passes=10,
         group="landscape",
         help="loss along the line from the base to each tuned model",
         measure=lambda base, tuned, data, **options: loss_along_line(base, tuned, data, **options).to_dict(),

@@ -137,6 +137,7 @@ def plot_noise(measured: Mapping[str, dict]) -> bytes:
 register(
     Instrument(
         name="noise",
+        passes=13,
         group="sharpness",
         help="loss under noise in proportion to each layer's scale",
         measure=lambda model, data, **options: noise_sensitivity(model, data, **options).to_dict(),

@@ -66,6 +66,7 @@ def loss_on_plane(
 register(
     Instrument(
         name="plane",
+        passes=81,
         group="landscape",
         help="loss on the plane through the base and the first two tuned models",
         measure=lambda base, first, second, data, **options: loss_on_plane(

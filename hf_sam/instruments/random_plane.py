@@ -68,6 +68,7 @@ def filter_normalized(noise: GaussianNoise, name: str, weight: torch.Tensor, tra
 register(
     Instrument(
         name="random",
+        passes=81,
         group="landscape",
         help="loss along two random directions around each model",
         measure=lambda model, data, **options: loss_on_random_plane(model, data, **options).to_dict(),

@@ -98,6 +98,7 @@ class Instrument:
             one when False, and for the subject "variant" on none.
         fp32 (`bool`): whether it needs weights in fp32.
         whole (`bool`): whether it needs each model whole on one device.
+        passes (`float`): forward passes over its documents, roughly, for dry runs; a backward pass counts as two.
         others_on_host (`bool`): whether it takes the weights only of all models but the first, which may stay on the
             CPU.
         packages (`tuple[str, ...]`): optional packages that it needs.
@@ -124,6 +125,7 @@ class Instrument:
     per_dataset: bool = False
     fp32: bool = False
     whole: bool = False
+    passes: float = 1.0
     others_on_host: bool = False
     packages: tuple[str, ...] = ()
     check: Callable[[Any], None] = lambda settings: None

@@ -22,6 +22,7 @@ def relative_noise_kl(model, data, *, sigma: float = 1e-3, **options) -> NoiseKL
 register(
     Instrument(
         name="relative_kl",
+        passes=11,
         group="sharpness",
         help="KL divergence under Gaussian noise of 0.1% of each weight tensor; does not change with its scale",
         measure=lambda model, data, **options: relative_noise_kl(model, data, **options).to_dict(),

@@ -72,6 +72,7 @@ def relative_hessian_trace(
 register(
     Instrument(
         name="relative_trace",
+        passes=60,
         group="sharpness",
         help="trace of the Hessian in units of each weight tensor; does not change with its scale",
         measure=lambda model, data, **options: relative_hessian_trace(model, data, **options).to_dict(),

@@ -121,6 +121,7 @@ def _restore(params: dict[str, torch.nn.Parameter], origins: dict[str, torch.Ten
 register(
     Instrument(
         name="sam",
+        passes=4,
         group="sharpness",
         help="growth of the loss at w + e",
         measure=lambda model, data, **options: sam_sharpness(model, data, **options).to_dict(),

@@ -28,6 +28,7 @@ def weight_norm(model: torch.nn.Module, *, parameters: str | None = None) -> dic
 register(
     Instrument(
         name="norm",
+        passes=0,
         group="sharpness",
         help="norm of the weights, which sharpness depends on",
         measure=lambda model, data, batch_size: weight_norm(model),

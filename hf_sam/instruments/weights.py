@@ -72,6 +72,7 @@ def _share(value: float | None) -> str:
 register(
     Instrument(
         name="weights",
+        passes=0,
         group="similarity",
         help="distance of the weights from those of the base, by layer",
         measure=lambda base, tuned, data, **options: {

@@ -212,14 +212,15 @@ class Plan:
         header = ["strategy", "weights, gradients, optimizer", "activations", "copy for SAM", "plain", "with SAM"]
         lines += [markdown_table(header, rows), "", f"Time at {UTILIZATION:.0%} of the peak in bf16:", ""]
         rows = [
-            [f"{self.devices} x {device}", *(_duration(self.hours(device, sam)) for sam in (False, True))]
+            [f"{self.devices} x {device}", *(duration(self.hours(device, sam)) for sam in (False, True))]
             for device in DEVICES
         ]
         lines.append(markdown_table(["devices", "plain", f"with SAM ({self.passes:.3g} x)"], rows))
         return "\n".join(lines)
 
 
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
+    """A time for a table."""
     if hours * 60 < 1:
         return "less than a minute"
     return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.1f} h"

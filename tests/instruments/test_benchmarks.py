@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from toy_evaluation import busy, moved, sharp_olmo2, unchanged
+from toy_tasks import TASK, write_task
 from toy_trl import tokenizer
 
 from hf_sam.instruments import OLMES_CORE_9, BenchmarkResult, run_benchmarks, score_change
@@ -15,36 +16,10 @@ from hf_sam.quantizers import quantized
 
 pytest.importorskip("lm_eval")
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {folder}/questions.jsonl
-    train: {folder}/shots.jsonl
-output_type: multiple_choice
-test_split: test
-fewshot_split: train
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
-    questions = [
-        {"question": f"w{i} w{i + 1}", "choices": [" w1", " w2", " w3", " w4"], "answer": i % 4} for i in range(40)
-    ]
-    for name, rows in (("questions", questions[:24]), ("shots", questions[24:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "toy.yaml").write_text(TASK.format(name="toy_choice", folder=folder))
-    return folder
+    return write_task(tmp_path_factory.mktemp("tasks"))
 
 
 def predictions(model, folder) -> list[float]:
