@@ -136,8 +136,8 @@ def _cost(summary: dict, name: str) -> str:
     if "passes" not in took or "passes" not in first:
         return ""
     cost = took["own_steps"] * took["passes"] / (first["own_steps"] * first["passes"])
-    sentence = f"Its training cost {cost:.2f} times as much"
-    return f"{sentence}, and no plain run had that much." if name in without_equal_compute(summary) else f"{sentence}."
+    sentence = f"Its training took {cost:.2f} times the passes of {code(summary['reference'])}"
+    return f"{sentence}, more than any run without SAM." if name in without_equal_compute(summary) else f"{sentence}."
 
 
 def _certainty(summary: dict) -> str:
