@@ -125,6 +125,8 @@ def _ended(run: dict) -> str:
 def _higher_or_lower(difference: Mapping, where: str) -> str:
     one = Estimate.from_dict(dict(difference))
     number = f"{abs(one.value):.4f}"
+    if float(number) == 0 and (one.problem or one.low == one.high or one.low <= 0 <= one.high):
+        return f"as high {where}"
     direction = "higher" if one.value > 0 else "lower"
     if one.problem or one.low <= 0 <= one.high:
         return f"{number} {direction} {where} (may be chance)"

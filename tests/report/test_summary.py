@@ -21,10 +21,10 @@ def results(name: str, base: float, quantized: float, sweep: dict[float, float])
         parts += [(f"lr-{task}", "old", "", old), (f"lr-{task}", "task", "", task)]
     record = {
         "name": name,
-        "settings": {"quantize": ["nf4"]},
+        "settings": {"quantize": ["nf4"], "dtype": "float32"},
         "environment": {"command": "hf-sam compare", "torch": "2"},
         "models": [{"name": model, "spec": "nowhere"} for model in ("base", *(f"lr-{task}" for task in sweep))],
-        "data": [{"name": "old", "role": "old"}, {"name": "task", "role": "task"}],
+        "data": [{"name": name, "role": name, "fingerprint": name} for name in ("old", "task")],
         "quantized": [],
         "parts": [
             {"part": "loss", "model": model, "data": data, "variant": variant, "result": loss(value)}
