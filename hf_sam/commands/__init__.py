@@ -87,6 +87,8 @@ COMMANDS = {
     ),
 }
 
+_PIPE_CLOSED = 141  # what shells return for SIGPIPE
+
 _FOOTER = """\
 `hf-sam COMMAND --help` lists the flags of a command. User errors are reported in one line;
 `hf-sam --debug COMMAND` (or HF_SAM_DEBUG=1) shows their traceback. To start `run` with several processes, use
@@ -98,9 +100,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (`sys.argv[1:]` when omitted).
 
     Returns:
-        `int`: the exit status: 0, 1 if a measurement failed, 2 after a user error, 130 after Ctrl-C, or the status of a
-        launched process.
+        `int`: the exit status: 0, 1 if a measurement failed, 2 after a user error, 130 after Ctrl-C, 141 if the reader
+        of its output is gone, or the status of a launched process.
     """
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, e.g. `head`, has what it wanted. At exit, Python would try to flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+
+
+def _main(argv: list[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--debug"]:
         os.environ[DEBUG] = "1"  # launched processes inherit it

@@ -51,6 +51,8 @@ def run_command(prog: str, program: Callable[[], int], *, library_errors: bool =
     filter_warnings()
     try:
         return program()
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         if is_debugging():
             raise

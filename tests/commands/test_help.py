@@ -2,8 +2,10 @@
 
 import argparse
 import ast
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,3 +84,14 @@ def test_no_parser_is_left_out():
         parser = make()
         assert isinstance(parser, argparse.ArgumentParser)
         assert parser.format_help()
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["evaluate", "--help"]])
+def test_a_reader_that_stops_is_no_error(argv):
+    """As in `hf-sam --help | head -1`: the end of the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "hf_sam", *argv], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141
+    assert done.stderr == ""
