@@ -3,13 +3,13 @@
 Comparisons show both what was lost and the final loss, because a model that loses less may still end worse.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..evaluation.results import Results
 from ..instruments import BenchmarkResult, Instrument, score_change
 from ..instruments.registry import group_title, groups
 from ..runtime.markdown import code
-from ..statistics import Estimate
 from ..statistics.losses import HeldOutLoss, forgetting
 from .document import Cell, Document
 from .tables import MISSING, marked
@@ -146,28 +146,25 @@ def benchmarks(document: Document, results: Results) -> None:
         return
     document.heading("Benchmarks")
     document.text(
-        "Scores of lm-evaluation-harness (shares in per cent) with their standard errors over examples; in brackets "
-        "the change against the base, or of a quantized model against the same one in full precision, with its 95% "
-        "interval."
+        "Scores of lm-evaluation-harness (shares in per cent) with their standard errors over examples. The change is "
+        "that against the base, or of a quantized model against the same one in full precision, with its 95% interval "
+        "over the examples, which are paired."
     )
-    columns = [(results.base, "", None)]
-    columns += [(name, "", before) for name in results.tuned]
+    variants = [(results.base, "", None)]
+    variants += [(name, "", before) for name in results.tuned]
     for alpha in results.record["settings"]["wise_ft"]:
-        columns += [(name, f"wise-ft {alpha:g}", before) for name in results.tuned]
+        variants += [(name, f"wise-ft {alpha:g}", before) for name in results.tuned]
     for name in results.models:
-        columns += [(name, scheme, results.benchmarks(name)) for scheme in results.schemes(name)]
+        variants += [(name, scheme, results.benchmarks(name)) for scheme in results.schemes(name)]
     rows = []
     for task in tasks:
-        row = [task, tasks[task].metric, "more" if tasks[task].higher_is_better else "less"]
-        for name, variant, reference in columns:
+        for name, variant, reference in variants:
             result = results.benchmarks(name, variant).get(task)
-            if result is None:
-                row.append(MISSING)
-                continue
-            change = f" ({_change(score_change(reference[task], result), result)})" if reference else ""
-            row.append(f"{result.text()}{change}")
-        rows.append(row)
-    document.table(["task", "metric", "better", *(f"{name} {variant}".strip() for name, variant, _ in columns)], rows)
+            about = [task, tasks[task].metric, "more" if tasks[task].higher_is_better else "less"]
+            about.append(f"{name} {variant}".strip())
+            change = _score_change(reference, result) if reference and result is not None else Cell("")
+            rows.append([*about, MISSING if result is None else result.text(), change])
+    document.table(["task", "metric", "better", "model", "score", "change"], rows)
 
 
 def instruments(document: Document, results: Results) -> None:
@@ -243,5 +240,11 @@ def _short(value) -> str:
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
-def _change(change: Estimate, result: BenchmarkResult) -> str:
-    return change.text("+.1f", scale=100) if result.in_per_cent else change.text("+.3g")
+def _score_change(reference: Mapping[str, BenchmarkResult], result: BenchmarkResult) -> Cell:
+    """The change of a score, if the reference has one."""
+    before = reference.get(result.task)
+    if before is None:
+        return Cell(MISSING)
+    change = score_change(before, result)
+    text = change.text("+.1f", scale=100) if result.in_per_cent else change.text("+.3g")
+    return marked(text, change.to_dict(), less_is_better=not result.higher_is_better)

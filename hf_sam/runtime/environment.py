@@ -20,6 +20,7 @@ def environment() -> dict:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    program = Path(sys.argv[0]).name
     accelerators = []
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type
@@ -33,7 +34,7 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "accelerators": accelerators,
         "processes": rank_and_world()[1],
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["hf-sam" if program == "__main__.py" else program, *sys.argv[1:]],
         **versions,
     }
 
