@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from ..runtime.errors import MeasurementError
 from ..runtime.models import hub_errors
 from .proof import Matrix
 from .registry import Held
@@ -71,6 +72,14 @@ class GGUFForCausalLM(PreTrainedModel):
             self._llama.eval(tokens)
             logits[row, real] = torch.from_numpy(self._llama.scores[: len(tokens)].copy())
         return CausalLMOutput(logits=logits)
+
+    def generate(self, *args, **kwargs):
+        """Not supported.
+
+        Raises:
+            MeasurementError: always.
+        """
+        raise MeasurementError("Benchmarks that generate text cannot be run on a GGUF file; leave them out.")
 
 
 def find_gguf(place: str) -> Path:

@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from toy_tasks import write_task
 from toy_trl import tokenizer
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_sam import commands
 from hf_sam.evaluation import Results
 from hf_sam.evaluation.inputs import find_quantized
-from hf_sam.instruments import HeldOutData, held_out_loss
+from hf_sam.instruments import HeldOutData, held_out_loss, run_benchmarks
 from hf_sam.quantizers import load_ready_made
 from hf_sam.quantizers.gguf import GGUFForCausalLM, GGUFHeader
 from hf_sam.runtime.models import find_model
@@ -144,6 +145,22 @@ def test_it_is_in_the_same_tables(folder, shelf, tmp_path):
     assert results.schemes() == ["rtn4", "q4_k_m"]
     assert results.loss("base", "old", "q4_k_m").loss != results.loss("base", "old").loss
     assert "| q4_k_m" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_benchmarks_read_it(folder, tmp_path):
+    pytest.importorskip("lm_eval")
+    tasks = write_task(tmp_path)
+    model, _ = load_ready_made(made(folder, f"q={folder / 'Q8_0.gguf'}"))
+    plain = find_model(str(folder / "base")).load(torch.float32)
+    both = [
+        run_benchmarks(one, tokenizer(), ["toy_choice"], num_fewshot=0, include_path=tasks)["toy_choice"]
+        for one in (plain, model)
+    ]
+    assert len(both[1].scores) == 24
+    agree = [both[0].scores[i] == both[1].scores[i] for i in both[0].scores]
+    assert np.mean(agree) > 0.8
+    with pytest.raises(RuntimeError, match="cannot be run on a GGUF file"):
+        model.generate()
 
 
 def test_another_vocabulary_and_damaged_files_are_refused(folder, tmp_path):
