@@ -53,14 +53,14 @@ def overview(summary: dict) -> tuple[list[str], list[list[str | Cell]]]:
     schemes = list(summary["runs"][summary["reference"]]["quantized"])
     fine_tuned = any(run["fine-tuned"] for run in summary["runs"].values())
     trained = any(_took(run) for run in summary["runs"].values())
-    header = ["run", *(["passes over each batch"] if trained else []), "base loss"]
+    header = ["run", *(["cost of training"] if trained else []), "base loss"]
     header += ["forgets less", "ends lower after fine-tuning"] if fine_tuned else []
     for scheme in schemes:
         header += [f"loses less to {scheme}", f"loss in {scheme}"]
     rows = []
     for name, run in summary["runs"].items():
         is_reference = name == summary["reference"]
-        row: list[str | Cell] = [name, *([_passes(run)] if trained else [])]
+        row: list[str | Cell] = [name, *([_cost(run, summary)] if trained else [])]
         row.append(marked(_number(run["base loss"]), run["base difference"], less_is_better=True))
         end = run["base difference"]
         if fine_tuned:
@@ -99,8 +99,12 @@ def _took(run: dict) -> dict:
     return took if "passes" in took else {}
 
 
-def _passes(run: dict) -> str:
-    return f"{_took(run)['passes']:.2f}" if _took(run) else NOT_ASKED
+def _cost(run: dict, summary: dict) -> str:
+    """Passes of the training of the base, as a multiple of those of the reference."""
+    took, first = _took(run), _took(summary["runs"][summary["reference"]])
+    if not took or not first:
+        return NOT_ASKED
+    return f"{took['own_steps'] * took['passes'] / (first['own_steps'] * first['passes']):.2f}x"
 
 
 def _add_training(document: Document, summary: dict) -> None:
