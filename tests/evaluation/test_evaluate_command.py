@@ -135,6 +135,19 @@ def test_an_interrupted_evaluation_goes_on(shelf, tmp_path, monkeypatch):
     assert [part["result"] for part in resumed["parts"]] == [part["result"] for part in whole["parts"]]
 
 
+@pytest.mark.parametrize("content", ["", '{"part": "loss", "resu', "[]", "null", "\x00\x00"])
+def test_a_truncated_part_is_measured_again(shelf, tmp_path, content):
+    """After a crash of the machine or a full disk: the file is there, and what it holds is not a result."""
+    whole = evaluate(arguments(shelf, tmp_path))
+    part, *others = sorted((tmp_path / "parts").glob("*.json"))
+    part.write_text(content)
+    before = {other: other.stat().st_mtime_ns for other in others}
+    again = evaluate(arguments(shelf, tmp_path))
+    assert [part["result"] for part in again["parts"]] == [part["result"] for part in whole["parts"]]
+    assert json.loads(part.read_text())["result"] is not None
+    assert {other: other.stat().st_mtime_ns for other in others} == before
+
+
 def arguments(shelf, output, **overrides):
     settings = {
         "base": str(shelf / "base"),
