@@ -122,6 +122,7 @@ def test_a_plan_measures_nothing(shelf_of_runs, tmp_path, capsys):
         (["--runs", "adamw"], "is not of the form NAME=BASE"),
         (["--runs", "a=x", "a=y"], "two runs have the same name"),
         (["--runs", "a=x,nowhere"], "nowhere holds no finished run"),
+        (["--runs", "a=x", "--quantized", "q=y"], "--quantized belongs to one model"),
         (["--runs", "a=nowhere"], "nowhere"),
     ],
 )
