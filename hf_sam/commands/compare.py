@@ -47,8 +47,8 @@ def compare(argv: list[str]) -> int:
         raise ValueError("Choose runs to compare: --runs NAME=BASE[,FOLDER] ..., the first of which is the reference.")
     if flags["quantized"]:
         raise ValueError(
-            "--quantized belongs to one model, but these flags are those of all runs. Use hf-sam evaluate for each run, "
-            "and hf-sam report."
+            "--quantized belongs to one model, but these flags are those of all runs. Use hf-sam evaluate for each "
+            "run, and hf-sam report."
         )
     settings = [settings_of_run(run, flags, output) for run in runs]
     if len({one.name for one in settings}) < len(settings):
