@@ -106,7 +106,7 @@ def _more_or_less(verb: str, reduction: Mapping, what: str, form: str) -> str:
         return f"**{verb} {number} less** {span}{what}"
     if one.high < 0:
         return f"**{verb} {number} more** {span}{what}"
-    return f"{verb} about as much{what} ({one.value:z{form}}% less {span})"
+    return f"{verb} about as much{what} (a reduction of {one.value:z{form}}% {span})"
 
 
 def _ended(run: dict) -> str:
