@@ -72,7 +72,7 @@ def overview(summary: dict) -> tuple[list[str], list[list[str | Cell]]]:
         for scheme in schemes:
             found = run["quantized"][scheme]
             absent = "reference" if is_reference else MISSING
-            row.append(estimate(found["reduction"], ".0f", "%", absent=absent, less_is_better=False))
+            row.append(estimate(found["reduction"], ".1f", "%", absent=absent, less_is_better=False))
             row.append(marked(_number(found["loss"]), found["loss difference"], less_is_better=True))
         if not fine_tuned and schemes:
             end = run["quantized"][schemes[0]]["loss difference"]
@@ -133,7 +133,7 @@ def _add_quantized(document: Document, summary: dict) -> None:
             absent = "reference" if is_reference else MISSING
             if absent == MISSING and found["damage"] is not None:
                 absent = f"{summary['reference']} lost nothing"
-            reduction = estimate(found["reduction"], ".0f", "%", problems, absent=absent, less_is_better=False)
+            reduction = estimate(found["reduction"], ".1f", "%", problems, absent=absent, less_is_better=False)
             damage = estimate(found["damage"], ".4f", problems=problems)
             ended = marked(_number(found["loss"]), found["loss difference"], less_is_better=True)
             rows.append([name, _number(run["base loss"]), damage, reduction, ended])

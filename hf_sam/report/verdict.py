@@ -89,7 +89,7 @@ def _lost(run: dict) -> str:
     clauses = [] if fine_tuned is None else [_more_or_less("forgets", fine_tuned, " at equal task loss", ".1f")]
     for scheme, quantized in run["quantized"].items():
         if quantized["reduction"] is not None:
-            clauses.append(_more_or_less("loses", quantized["reduction"], f" to {code(scheme)}", ".0f"))
+            clauses.append(_more_or_less("loses", quantized["reduction"], f" to {code(scheme)}", ".1f"))
     if not clauses:
         return "what they lost cannot be compared."
     return f"{_joined(clauses)}."

@@ -84,7 +84,7 @@ def test_both_what_was_lost_and_where_it_ended():
     markdown = report([Results(record("AdamW")), Results(sam)]).markdown()
     assert cells(markdown, "SAM", "base")[2:] == ["3.0400", "0.0400 [0.0400, 0.0400] ✗"]
     assert "## Quantized to nf4" in markdown
-    assert cells(markdown, "SAM", "3.0400")[2:] == ["0.0300 [0.0300, 0.0300]", "40% [40, 40] ✓", "3.0700 ✗"]
+    assert cells(markdown, "SAM", "3.0400")[2:] == ["0.0300 [0.0300, 0.0300]", "40.0% [40.0, 40.0] ✓", "3.0700 ✗"]
     # From 1 to 2, on a convex curve: less than the 0.55 of straight lines, and for the other 0.8 times as much.
     row = cells(markdown, "SAM", "1.00 to 2.00")
     lost = [float(value) for value in row[2].split(" -> ")]

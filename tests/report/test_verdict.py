@@ -29,7 +29,7 @@ def test_what_was_lost_where_it_ended_and_at_what_cost():
     sam = trained(run("sam", base=3.05, damage=0.05, scale=0.5), 100, 100, 2.0)
     first, last = verdict(summarize([adamw, sam]))
     assert first.startswith("`sam` against `adamw`: **forgets 50.0% less** [50.0, 50.0] at equal task loss")
-    assert "**loses 50% less** [50, 50] to `nf4`" in first
+    assert "**loses 50.0% less** [50.0, 50.0] to `nf4`" in first
     # After fine-tuning it ends 0.05 - 0.2 lower, on average over the task losses; in 4 bits at the same loss.
     assert re.search(r"ends \*\*0\.1\d\d\d lower\*\* after fine-tuning and as high in `nf4`\.", first)
     assert "took 2.00 times the passes of `adamw`, more than any run without SAM." in first
