@@ -136,5 +136,12 @@ class GGUFHeader:
             found[one.name] = f"is {kind}" if kind in _FULL_PRECISION else Held(kind, int(one.n_bytes))
         return found
 
+    def embeddings(self) -> torch.Tensor | None:
+        """The input embeddings, decoded; None if the file has none under the usual name."""
+        from gguf import dequantize
+
+        found = [one for one in self._reader.tensors if one.name == _EMBEDDINGS[0]]
+        return torch.from_numpy(dequantize(found[0].data, found[0].tensor_type).copy()) if found else None
+
     def _tensors(self):
         return [one for one in self._reader.tensors if len(one.shape) > 1 and one.name not in _EMBEDDINGS]

@@ -30,6 +30,8 @@ class Quantized:
             keep their type and only their values are rounded, what they would take.)
         kinds (`tuple[str, ...]`): types of the quantized layers, or of their tensors.
         left (`int`): numbers in weight matrices that stayed in full precision, without embeddings and output layer.
+        embedding_difference (`float` or `None`): for a model that somebody else quantized, how far its input embeddings
+            are from those of the model that it is compared with, relative to these; None if not known.
     """
 
     scheme: str
@@ -39,6 +41,7 @@ class Quantized:
     bytes_after: int
     kinds: tuple[str, ...] = ()
     left: int = 0
+    embedding_difference: float | None = None
 
     @property
     def bits(self) -> float:

@@ -2,12 +2,13 @@
 compressed-tensors, FP8, ...) and GGUF files, with the same proof as for the schemes of this library.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..runtime.fingerprint import fingerprint_of_files
 from ..runtime.models import LocalModel, check_same_tokens, find_model, load_checked
@@ -105,12 +106,39 @@ def load_ready_made(
             made.path, AutoConfig.from_pretrained(folder), dtype, gpu=device_type(device_map) != "cpu"
         ).eval()
         header = gguf.GGUFHeader(made.path)
-        return model, prove_held(made.path.name, made.scheme, header.matrices(), header.held(), whole=False)
+        proof = prove_held(made.path.name, made.scheme, header.matrices(), header.held(), whole=False)
+        return model, _with_difference(proof, folder, header.embeddings())
     model = load_checked(made.path, dtype=dtype, device_map=device_map)
     if dtype == torch.float32:
         bitsandbytes.compute_in_fp32(model)
-    plain = matrices_of_config(folder)
-    return model.eval(), prove(model, made.scheme, plain, what_it_holds, whole=False)
+    proof = prove(model, made.scheme, matrices_of_config(folder), what_it_holds, whole=False)
+    return model.eval(), _with_difference(proof, folder, model.get_input_embeddings().weight.detach())
+
+
+def _with_difference(proof: Quantized, folder: Path, embeddings: torch.Tensor | None) -> Quantized:
+    """The proof with the difference between these embeddings and those of the plain model in a folder.
+
+    It tells whether the quantized model was made from that one: quantizers leave embeddings alone, or nearly so.
+    """
+    plain = _embeddings_of(folder)
+    if plain is None or embeddings is None or not embeddings.is_floating_point() or plain.shape != embeddings.shape:
+        return proof
+    plain = plain.to(embeddings.device, torch.float32)
+    difference = (embeddings.float() - plain).norm() / plain.norm()
+    return dataclasses.replace(proof, embedding_difference=round(float(difference), 6))
+
+
+def _embeddings_of(folder: Path) -> torch.Tensor | None:
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    name = next(n for n, param in model.named_parameters() if param is model.get_input_embeddings().weight)
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                return file.get_tensor(name)
+    return None
 
 
 def what_it_holds(module: torch.nn.Module, name: str) -> Held | str:

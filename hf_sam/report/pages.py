@@ -15,6 +15,9 @@ from .document import Cell, Document
 from .tables import MISSING, marked
 from .verdict import verdict_of_evaluation
 
+# Quantized embeddings differ by a few per cent, those of another model by as much as they are large.
+_OTHER_EMBEDDINGS = 0.3
+
 
 def write_report(record: dict, folder: str | Path) -> tuple[Path, Path]:
     """Write `report.md`, its pictures and the self-contained `report.html` of one evaluation.
@@ -134,7 +137,7 @@ def quantization(document: Document, results: Results) -> None:
     for one in results.record["quantized"]:
         document.text(
             f"{code(one['scheme'])} of {code(one['model'])} was quantized elsewhere: {code(one['spec'])}, weights "
-            f"{one['fingerprint']}."
+            f"{one['fingerprint']}.{_doubt(results, one)}"
         )
 
 
@@ -201,6 +204,18 @@ def _cells(chosen: list[Instrument], found: dict[str, dict], model: str) -> list
         for column in instrument.columns:
             cells.append(MISSING if result is None else result and column.cell(result))
     return cells
+
+
+def _doubt(results: Results, made: dict) -> str:
+    """A warning if a model that somebody else quantized was made from another one than it is compared with."""
+    found = results.find("quantized", made["model"], made["scheme"])
+    difference = (found[0]["result"] or {}).get("embedding_difference") if found else None
+    if difference is None or difference < _OTHER_EMBEDDINGS:
+        return ""
+    return (
+        f" Its embeddings differ from those of {code(made['model'])} by {difference:.0%}: it was made from another "
+        "model, or by a method that rotates them. **Check this before you use its damage.**"
+    )
 
 
 def _held(proof: dict) -> list[str]:

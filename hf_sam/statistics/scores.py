@@ -1,5 +1,6 @@
 """Scores of benchmarks at equal task loss: like forgetting, they depend on how much a model has learned."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,9 @@ import numpy as np
 from .curves import POINTS, SCALES, curve, shared_range
 from .estimate import Estimate, interval, over_documents, over_seeds
 from .losses import HeldOutLoss
+
+# Half-width of an interval of the interpolation error, in units of the distance from straight lines.
+_SPREADS = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def score_difference(
     """Scores of one method minus those of another at equal task loss, over all task losses that both sweeps span.
 
     Monotone cubics (PCHIP) pass through the mean scores of the runs. The interval includes the variation over the
-    examples of each benchmark, over the documents of the task, and over training seeds where there are several.
+    examples of each benchmark, over the documents of the task, and over training seeds where there are several, and the
+    error of the interpolation: twice the distance from straight lines.
 
     Args:
         reference, method (`Sequence[Sequence[ScoredRun]]`): a sweep for each training seed; those at the same place are
@@ -73,7 +78,7 @@ def score_difference(
     scores = [np.stack(by_run, axis=1) for by_run in zip(*(run.scores for run in runs), strict=True)]
     means = [one.mean(0) for one in scores]
 
-    def levels(losses: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    def levels(losses: np.ndarray, mean: np.ndarray, straight: bool = False) -> np.ndarray:
         """Mean scores over the shared range by seed, shape `(seeds, 2)`, the reference first, and its ends."""
         rows, start = [], 0
         for pair in pairs:
@@ -86,7 +91,8 @@ def score_difference(
             for place in places:
                 at = np.clip(np.linspace(low, high, POINTS), losses[place].min(), losses[place].max())
                 points = list(zip(losses[place], mean[place], strict=True))
-                row.append(np.trapezoid(curve(points, at, SCALES[1]), dx=1 / (POINTS - 1)))
+                values = np.interp(at, *zip(*sorted(points), strict=True)) if straight else curve(points, at, SCALES[1])
+                row.append(np.trapezoid(values, dx=1 / (POINTS - 1)))
             rows.append([*row, low, high])
         return np.asarray(rows)
 
@@ -108,4 +114,8 @@ def score_difference(
         variations.append(over_seeds(difference(losses, mean)))
     first, second, low, high = levels(losses, mean).mean(0)
     found = interval(float(second - first), [1.0], variations, confidence)
+    if not found.problem:
+        straight = levels(losses, mean, straight=True).mean(0)
+        half = math.hypot(found.high - found.value, _SPREADS * (straight[1] - straight[0] - found.value))
+        found = Estimate(found.value, found.value - half, found.value + half, confidence)
     return ScoreDifference(float(low), float(high), float(first), float(second), found)

@@ -119,6 +119,7 @@ def test_damage_is_that_of_the_values_in_the_file(folder, shelf, kind, bits):
     assert proof.layers == 14
     assert proof.bits == pytest.approx(bits, abs=0.6)
     assert all(name.startswith("Q") for name in proof.kinds)
+    assert 0 < proof.embedding_difference < 0.2
     plain = find_model(str(folder / "base")).load(torch.float32)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     stored = {one.name: one for one in gguf.GGUFReader(folder / f"{kind}.gguf").tensors}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from toy_evaluation import sharp_olmo2
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_sam import commands
@@ -74,7 +75,8 @@ def test_it_is_in_the_same_table_with_the_same_numbers(shelf, nf4, tmp_path, cap
     assert evaluated(shelf, tmp_path / "out", f"theirs={nf4}", extra=("--quantize", "nf4")) == 0
     results = Results.read(tmp_path / "out")
     ours, theirs = (results.find("quantized", "base", scheme)[0]["result"] for scheme in ("nf4", "theirs"))
-    assert {**theirs, "scheme": "nf4"} == ours
+    assert theirs["embedding_difference"] == 0
+    assert {**theirs, "scheme": "nf4", "embedding_difference": None} == ours
     assert results.loss("base", "old", "theirs").loss == results.loss("base", "old", "nf4").loss
     assert results.schemes() == ["nf4", "theirs"]
     assert results.schemes("tuned1") == ["nf4"]
@@ -108,6 +110,19 @@ def test_compressed_tensors_are_proven_by_their_values(shelf, tmp_path):
     layer = model.model.layers[0].mlp.up_proj
     layer.weight.data.add_(torch.randn_like(layer.weight) * 1e-3)
     assert "values a group" in what_it_holds(layer, "weight")
+
+
+def test_a_model_made_from_another_one_is_doubted(shelf, tmp_path):
+    """The same vocabulary and shapes, but other weights: only its embeddings show it."""
+    torch.manual_seed(1)
+    other = sharp_olmo2(vocab_size=find_model(str(shelf / "base")).vocabulary())
+    other.save_pretrained(tmp_path / "other")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "other", quantization_config=config)
+    model.save_pretrained(tmp_path / "nf4")
+    assert evaluated(shelf, tmp_path / "out", f"theirs={tmp_path / 'nf4'}") == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "it was made from another model" in report
 
 
 def test_it_may_belong_to_a_tuned_model(shelf, nf4):
