@@ -18,7 +18,7 @@ from ..report.tables import summary_document
 from ..report.trackers import check_trackers, log_results
 from ..runtime.config import ConfigParser, DryRunArguments
 from ..runtime.dataset_specs import parse_spec
-from ..runtime.distributed import join_processes, rank_and_world
+from ..runtime.distributed import join_processes, rank_and_world, wait_for_everyone
 from ..runtime.run_record import FINISHED
 from .evaluate import print_failures
 from .launch import run_or_launch
@@ -72,6 +72,7 @@ def compare(argv: list[str]) -> int:
             _, summary = write_comparison([one.output for one in settings], output / "comparison")
             print(summary_document(summary).markdown())
         print(f"Reports are in {output}.")
+    wait_for_everyone()
     return 0
 
 

@@ -12,7 +12,7 @@ from ..evaluation.settings import arguments_class
 from ..report.pages import short_report, write_report
 from ..report.trackers import check_trackers, log_results
 from ..runtime.config import ConfigParser, DryRunArguments
-from ..runtime.distributed import join_processes, rank_and_world
+from ..runtime.distributed import join_processes, rank_and_world, wait_for_everyone
 from .launch import run_or_launch
 
 
@@ -47,6 +47,7 @@ def measure(argv: list[str]) -> int:
         print(Path(settings.output) / "results.json")
         log_results(Results(record), settings.report_to, settings.output)
         print_failures(record)
+    wait_for_everyone()  # a launcher ends all processes as soon as one returns 1
     return 1 if failed_parts(record) else 0
 
 

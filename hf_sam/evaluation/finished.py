@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 from ..instruments import INSTRUMENTS
 from ..instruments.registry import groups
+from ..quantizers import QUANTIZERS
 from .results import Results
 
 
@@ -44,6 +45,9 @@ def differences(before: dict, now: dict) -> list[str]:
         found.append(f"its base is {before['models'][0]['name']!r}, not {now['models'][0]['name']!r}")
     found += _changed("model", before["models"], now["models"], "weights")
     found += _changed("data", before["data"], now["data"], "tokens")
+    calibrated = [scheme for scheme in before["settings"]["quantize"] if QUANTIZERS[scheme].calibrated]
+    if calibrated and before["calibration"] != now["calibration"]:
+        found.append(f"{calibrated[0]} was calibrated on other data")
     for one in before["quantized"]:
         label = f"{one['model']}/{one['scheme']}"
         same = [o for o in now["quantized"] if (o["model"], o["scheme"]) == (one["model"], one["scheme"])]

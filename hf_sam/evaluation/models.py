@@ -28,7 +28,10 @@ class Models:
 
     def __init__(self, dtype: torch.dtype, device: str):
         self.dtype = dtype
-        self.device_map = "auto" if device == "auto" else {"": torch.device(device) if device else default_device()}
+        try:
+            self.device_map = "auto" if device == "auto" else {"": torch.device(device) if device else default_device()}
+        except RuntimeError as error:
+            raise ValueError(f"--device {device} is not a device of torch, e.g. cpu or cuda:0, nor auto.") from error
         self._loaded: dict[str, torch.nn.Module] = {}
 
     def get(self, source: LocalModel) -> torch.nn.Module:

@@ -32,6 +32,9 @@ from .models import Models, Variant
 from .settings import EvaluationArguments
 from .store import FAILURES, PartStore
 
+# Schemes that round activations by the largest of a batch.
+_BATCH_DEPENDENT = ("int8",)
+
 
 def evaluate(settings: EvaluationArguments) -> dict:
     """Measure what the settings ask for; returns what `results.json` in the output folder holds.
@@ -184,7 +187,8 @@ class Evaluation:
                 self._measure_variant(source, scheme, depends, opened)
             for made in self._ready_made(source):
                 opened = functools.partial(self.models.ready_made, made)
-                self._measure_variant(source, made.scheme, {"quantized weights": made.fingerprint}, opened)
+                depends = {"quantized weights": made.fingerprint, **_versions(made.packages)}
+                self._measure_variant(source, made.scheme, depends, opened)
 
     def _ready_made(self, source: LocalModel) -> list[ReadyMade]:
         return [made for made in self.ready_made if made.model is source]
@@ -215,10 +219,13 @@ class Evaluation:
         else:
             self._fetch(self._of("variant"))
         left = list(parts)
+        quantized = variant in self.quantized_variants(source)
         try:
-            with opened() as (model, made_of):
+            if quantized:
+                self._check_losses([(source.name, "")])  # some packages fail in their own ways on broken weights
+            with _opened(opened, quantized) as (model, made_of):
                 for about, depends, measure in parts:
-                    needs = [(source.name, "")] if variant in self.quantized_variants(source) else []
+                    needs = [(source.name, "")] if quantized else []
                     needs += [(source.name, variant)] if about["part"] not in ("loss", "quantized") else []
                     self._store(about, depends, functools.partial(measure, model, made_of), needs)
                     left.pop(0)
@@ -287,15 +294,22 @@ class Evaluation:
         """
 
         def checked() -> dict:
-            for part in self.store.records:
-                if part["part"] == "loss" and part.get("error") and (part["model"], part["variant"]) in needs:
-                    raise MeasurementError(f"{part['model']}: {part['error']}")
+            self._check_losses(needs)
             return compute()
 
         return self.store.part(*self._key(about, depends), checked)
 
+    def _check_losses(self, needs: Sequence[tuple[str, str]]) -> None:
+        for part in self.store.records:
+            if part["part"] == "loss" and part.get("error") and (part["model"], part["variant"]) in needs:
+                raise MeasurementError(f"{part['model']}: {part['error']}")
+
     def _key(self, about: dict, depends: dict) -> tuple[dict, dict]:
-        return {"variant": "", "data": "", **about}, {**depends, "dtype": self.settings.dtype}
+        settings = self.settings
+        depends = {**depends, "dtype": settings.dtype, "device": device_type(self.models.device_map)}
+        if settings.dtype != "float32" or about.get("variant") in _BATCH_DEPENDENT:
+            depends["batch_size"] = settings.batch_size
+        return {"variant": "", "data": "", **about}, depends
 
     def record(self) -> dict:
         """What `results.json` holds."""
@@ -329,8 +343,24 @@ class Evaluation:
                 {"scheme": made.scheme, "model": made.model.name, "spec": made.spec, "fingerprint": made.fingerprint}
                 for made in self.ready_made
             ],
+            "calibration": None if self.calibration is None else self.calibration.fingerprint(),
             "parts": self.store.records,
         }
+
+
+@contextlib.contextmanager
+def _opened(opened: Callable[[], AbstractContextManager[Variant]], quantized: bool) -> Iterator[Variant]:
+    """The variant; any error of a package that quantizes it is a MeasurementError, which leaves the other parts."""
+    with contextlib.ExitStack() as stack:
+        try:
+            variant = stack.enter_context(opened())
+        except FAILURES:
+            raise
+        except Exception as error:
+            if not quantized:
+                raise
+            raise MeasurementError(f"It could not be quantized or loaded: {type(error).__name__}: {error}") from error
+        yield variant
 
 
 def _raise(error: BaseException) -> dict:
@@ -343,5 +373,13 @@ def _documents(data: HeldOutData, name: str = "documents") -> dict:
 
 def _quantizer(scheme: str) -> dict:
     """Versions of the packages that quantize, where they are not in the environment of every result."""
-    packages = [one for one in QUANTIZERS[scheme].packages if one not in PACKAGES]
-    return {package: importlib.metadata.version(package) for package in packages}
+    return _versions([one for one in QUANTIZERS[scheme].packages if one not in PACKAGES])
+
+
+def _versions(packages: Sequence[str]) -> dict:
+    """Versions of packages by name, as far as they are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

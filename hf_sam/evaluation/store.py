@@ -64,16 +64,18 @@ class PartStore:
         if record is None:
             started = time.perf_counter()
             try:
-                result = compute()
+                record = {**about, "result": compute(), "seconds": round(time.perf_counter() - started, 3)}
             except FAILURES as error:
-                reason = str(error) or type(error).__name__
-                self.records.append({**about, "result": None, "error": reason})
-                return None
-            record = {**about, "result": result, "seconds": round(time.perf_counter() - started, 3)}
-            if rank_and_world()[0] == 0:
+                record = {**about, "result": None, "error": str(error) or type(error).__name__}
+            except RuntimeError as error:
+                if "allocate memory" not in str(error):  # how torch says that a CPU has too little
+                    raise
+                record = {**about, "result": None, "error": str(error)}
+            if rank_and_world()[0] == 0 and "error" not in record:
                 write_json(self._path(about, depends), record)
                 # As it will be read back: numbers that JSON cannot hold are None.
                 record = json.loads(self._path(about, depends).read_text(encoding="utf-8"))
+            record = broadcast(record)
         self.records.append(record)
         return record["result"]
 

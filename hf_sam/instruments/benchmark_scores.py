@@ -27,6 +27,7 @@ class BenchmarkResult:
         value (`float`): the harness's own aggregate of them.
         higher_is_better (`bool`, defaults to `True`): whether more is better.
         weights (`dict[str, float]`): number of words or bytes of each example; empty if all count the same.
+        group (`bool`, defaults to `False`): whether it is a group, which holds the examples of other tasks.
     """
 
     task: str
@@ -35,6 +36,7 @@ class BenchmarkResult:
     value: float
     higher_is_better: bool = True
     weights: dict[str, float] = field(default_factory=dict)
+    group: bool = False
 
     @property
     def in_per_cent(self) -> bool:

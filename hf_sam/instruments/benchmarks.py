@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..runtime.distributed import broadcast, default_device
+from ..runtime.distributed import compute_on_first, default_device
 from ..runtime.errors import MeasurementError
 from ..runtime.fingerprint import fingerprint_of_folder
 from ..runtime.packages import require
@@ -100,7 +100,7 @@ def run_benchmarks(
             fewshot_random_seed=seed,
         )
     # The harness returns results on the first process of a machine only.
-    results = broadcast(None if output is None else _results(output))
+    results = compute_on_first(lambda: None if output is None else _results(output))
     if results is None:
         raise MeasurementError("The harness returned no results: is LOCAL_RANK set in a run of one process?")
     return results
@@ -209,7 +209,9 @@ def _results(output: dict) -> dict[str, BenchmarkResult]:
         if len(shares) == 1 and len({part.metric for part in parts}) == 1 and group not in results:
             scores = {f"{part.task} {example}": score for part in parts for example, score in part.scores.items()}
             mean = float(np.mean(list(scores.values())))
-            results[group] = BenchmarkResult(group, parts[0].metric, scores, mean, parts[0].higher_is_better)
+            results[group] = BenchmarkResult(
+                group, parts[0].metric, scores, mean, parts[0].higher_is_better, group=True
+            )
     return results
 
 

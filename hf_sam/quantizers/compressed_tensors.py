@@ -84,16 +84,34 @@ def held(module: torch.nn.Module, name: str, bits: int | None = None) -> Held | 
     scales = [getattr(module, part) for part in ("weight_scale", "weight_zero_point") if hasattr(module, part)]
     if hasattr(module, "weight_packed"):
         return Held(kind, module.weight_packed.nbytes + sum(one.nbytes for one in scales))
+    if not scales:
+        return f"is a {type(module).__name__} without scales"
     # Unpacked by transformers: the rounded values.
-    matrix, group = getattr(module, name), arguments.group_size or getattr(module, name).shape[-1]
-    order = getattr(module, "weight_g_idx", torch.arange(matrix.shape[-1], device=matrix.device) // group)
-    values = matrix[0, order == order[0]].unique()
-    if len(values) > 2**arguments.num_bits:
-        return f"holds {len(values)} values a group"
-    size = matrix.numel() * arguments.num_bits // 8 + 2 * scales[0].numel() if scales else 0
-    if not arguments.symmetric and scales:
-        size += scales[0].numel() * arguments.num_bits // 8
-    return Held(kind, size)
+    matrix, scale = getattr(module, name).detach(), scales[0].detach()
+    if not _on_grid(
+        matrix, scale, getattr(module, "weight_g_idx", None), getattr(arguments.type, "value", "") == "int"
+    ):
+        return f"holds values that {arguments.num_bits} bits with its scales cannot"
+    size = matrix.numel() * arguments.num_bits // 8 + 2 * scale.numel()
+    return Held(kind, size if arguments.symmetric else size + scale.numel() * arguments.num_bits // 8)
+
+
+def _on_grid(matrix: torch.Tensor, scale: torch.Tensor, order: torch.Tensor | None, whole: bool) -> bool:
+    """Whether weights are what codes of few bits times their scales give: whole multiples of them, or float8 values."""
+    matrix, scale = matrix.float(), scale.float().reshape(-1, scale.shape[-1] if scale.dim() > 1 else 1)
+    if matrix.shape[0] % len(scale) or (order is None and matrix.shape[1] % scale.shape[1]):
+        return False
+    scale = scale.repeat_interleave(matrix.shape[0] // len(scale), dim=0)  # blocks, or one for all rows
+    columns = (
+        scale[:, order.long()]
+        if order is not None
+        else scale.repeat_interleave(matrix.shape[1] // scale.shape[1], dim=1)
+    )
+    codes = matrix / columns.clamp(min=1e-30)
+    # Weights in 16 bits are rounded once more.
+    if whole:
+        return bool(((codes - codes.round()).abs() <= 0.01 + codes.abs() / 128).all())
+    return bool(((codes - codes.to(torch.float8_e4m3fn).float()).abs() <= 0.01 + codes.abs() / 128).all())
 
 
 def _awq_problem(device: str) -> str | None:

@@ -41,7 +41,8 @@ class GGUFForCausalLM(PreTrainedModel):
         from gguf import GGMLQuantizationType
         from llama_cpp import Llama
 
-        context = min(config.get_text_config().max_position_embeddings, _MAX_CONTEXT)
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        context = min(longest or _MAX_CONTEXT, _MAX_CONTEXT)
         super().__init__(config)
         self.config.max_position_embeddings = context
         cache = int(GGMLQuantizationType.F32 if dtype == torch.float32 else GGMLQuantizationType.F16)
@@ -68,6 +69,11 @@ class GGUFForCausalLM(PreTrainedModel):
             tokens = ids[real].tolist()
             if not tokens:
                 continue
+            if len(tokens) > self._llama.n_ctx():
+                raise MeasurementError(
+                    f"A GGUF file is evaluated on rows of up to {self._llama.n_ctx()} tokens, but one has "
+                    f"{len(tokens)}: set --max_length {self._llama.n_ctx()}."
+                )
             self._llama.reset()
             self._llama.eval(tokens)
             logits[row, real] = torch.from_numpy(self._llama.scores[: len(tokens)].copy())

@@ -143,8 +143,10 @@ def prove(
         prefix, _, own = name.rpartition(".")
         try:
             module = model.get_submodule(prefix)
-        except AttributeError:
-            found[name] = "is missing"
+        except AttributeError as error:
+            raise MeasurementError(
+                f"{type(model).__name__} of {scheme} has no {prefix!r}: it was made from another model."
+            ) from error
         else:
             found[name] = held(module, own)
     return prove_held(type(model).__name__, scheme, plain, found, whole=whole)

@@ -4,12 +4,14 @@ compressed-tensors, FP8, ...) and GGUF files, with the same proof as for the sch
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..runtime.errors import MeasurementError
 from ..runtime.fingerprint import fingerprint_of_files
 from ..runtime.models import LocalModel, check_same_tokens, find_model, load_checked
 from ..runtime.packages import require
@@ -29,6 +31,9 @@ _PACKAGES = {
     "hqq": "hqq",
 }
 
+# Share of the tokens of a GGUF file that may be written in another way than in the tokenizer.
+_OTHER_TOKENS = 0.01
+
 # A layer counts as quantized if it takes less than this many bytes a weight; 16 bits take 2.
 _BYTES = 1.5
 
@@ -43,6 +48,7 @@ class ReadyMade:
         spec (`str`): folder, file or Hub id that the user gave.
         path (`Path`): the folder, or the GGUF file.
         fingerprint (`str`): fingerprint of its weights.
+        packages (`tuple[str, ...]`): packages that its losses depend on.
     """
 
     scheme: str
@@ -50,6 +56,7 @@ class ReadyMade:
     spec: str
     path: Path
     fingerprint: str
+    packages: tuple[str, ...] = ()
 
 
 def find_ready_made(scheme: str, place: str, model: LocalModel) -> ReadyMade:
@@ -67,9 +74,11 @@ def find_ready_made(scheme: str, place: str, model: LocalModel) -> ReadyMade:
     if place.partition("@")[0].endswith(".gguf"):
         for package in ("gguf", "llama_cpp"):
             require(package, f"The GGUF file {place!r}")
+        if re.search(r"-\d{5}-of-\d{5}\.gguf$", place.partition("@")[0]):
+            raise ValueError(f"{place!r} is one part of a model. Merge the parts first: llama-gguf-split --merge.")
         path = gguf.find_gguf(place)
         _check_vocabulary(gguf.GGUFHeader(path).tokens(), model, place)
-        return ReadyMade(scheme, model, place, path, fingerprint_of_files([path], path.parent))
+        return ReadyMade(scheme, model, place, path, fingerprint_of_files([path], path.parent), ("llama_cpp_python",))
     found = find_model(place)
     config = {} if found.base is not None else json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
     made = config.get("quantization_config") or config.get("compression_config")
@@ -83,7 +92,8 @@ def find_ready_made(scheme: str, place: str, model: LocalModel) -> ReadyMade:
         require(_PACKAGES[method], f"{place!r}, which is quantized by {method},")
     if any((found.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         check_same_tokens(model.tokenizer(), found.tokenizer(), scheme)
-    return ReadyMade(scheme, model, place, found.folder, found.fingerprint)
+    packages = (_PACKAGES[method],) if method in _PACKAGES else ()
+    return ReadyMade(scheme, model, place, found.folder, found.fingerprint, packages)
 
 
 def load_ready_made(
@@ -107,6 +117,12 @@ def load_ready_made(
         ).eval()
         header = gguf.GGUFHeader(made.path)
         proof = prove_held(made.path.name, made.scheme, header.matrices(), header.held(), whole=False)
+        plain = sum(matrix.weights for matrix in matrices_of_config(folder).values())
+        if abs(proof.weights + proof.left - plain) > 0.01 * plain:
+            raise MeasurementError(
+                f"{made.spec!r} has {proof.weights + proof.left:,} weights besides its embeddings, but "
+                f"{made.model.name!r} has {plain:,}: it was made from another model."
+            )
         return model, _with_difference(proof, folder, header.embeddings())
     model = load_checked(made.path, dtype=dtype, device_map=device_map)
     if dtype == torch.float32:
@@ -121,8 +137,15 @@ def _with_difference(proof: Quantized, folder: Path, embeddings: torch.Tensor | 
     It tells whether the quantized model was made from that one: quantizers leave embeddings alone, or nearly so.
     """
     plain = _embeddings_of(folder)
-    if plain is None or embeddings is None or not embeddings.is_floating_point() or plain.shape != embeddings.shape:
+    if plain is None or embeddings is None or not embeddings.is_floating_point():
         return proof
+    if plain.shape[1] != embeddings.shape[1]:
+        raise MeasurementError(
+            f"{proof.scheme} has embeddings of {embeddings.shape[1]} numbers, but those of the model in full precision "
+            f"have {plain.shape[1]}: it was made from another model."
+        )
+    rows = min(len(plain), len(embeddings))  # one of them may be padded
+    plain, embeddings = plain[:rows], embeddings[:rows]
     plain = plain.to(embeddings.device, torch.float32)
     difference = (embeddings.float() - plain).norm() / plain.norm()
     return dataclasses.replace(proof, embedding_difference=round(float(difference), 6))
@@ -171,8 +194,10 @@ def _tensors(module: torch.nn.Module):
 
 def _check_vocabulary(tokens: list[str], model: LocalModel, place: str) -> None:
     known = model.tokenizer().get_vocab()
-    different = [token for token, number in known.items() if number >= len(tokens) or tokens[number] != token]
-    if tokens and different:
+    # Converters write some added tokens in another way, e.g. with spaces.
+    plain = [token.replace("\u2581", " ") for token in tokens]
+    different = [token for token, n in known.items() if n >= len(plain) or plain[n] != token.replace("\u2581", " ")]
+    if tokens and len(different) > _OTHER_TOKENS * len(known):
         raise ValueError(
             f"The vocabularies of {place!r} and of {model.name!r} differ: {len(different)} of {len(known)} tokens, "
             f"such as {different[0]!r}, have another id or none. Losses per token of the two cannot be compared."

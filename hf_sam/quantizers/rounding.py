@@ -48,11 +48,36 @@ def _round(model: torch.nn.Module, bits: int, group_size: int = GROUP_SIZE) -> N
 
 def _held(module: torch.nn.Module, name: str, bits: int, group_size: int = GROUP_SIZE) -> Held | str:
     matrix = _by_output(module, getattr(module, name))
-    first = matrix.reshape(-1, matrix.shape[-1])[0, :group_size]
-    if len(first.unique()) > 2**bits:
-        return f"holds {len(first.unique())} values a group"
+    rows = matrix.detach().reshape(-1, matrix.shape[-1])
+    most = max(most_values(piece) for piece in rows.split(group_size, dim=-1))
+    if most > 2**bits:
+        return f"holds {most} values a group"
+    if rows.dtype in (torch.float32, torch.float64) and not _on_grid(rows, bits, group_size):
+        return f"holds values that {bits} bits cannot"
     groups = matrix.numel() // matrix.shape[-1] * -(-matrix.shape[-1] // group_size)
     return Held("rounded", -(-(matrix.numel() * bits + groups * (16 + bits)) // 8))
+
+
+def most_values(groups: torch.Tensor) -> int:
+    """The largest number of different values in a row."""
+    ordered = groups.sort(dim=-1).values
+    return int((ordered.diff(dim=-1) != 0).sum(-1).max()) + 1
+
+
+def _on_grid(rows: torch.Tensor, bits: int, group_size: int) -> bool:
+    """Whether the values of each group are whole multiples of one step, with at most 2**bits steps between them.
+
+    The rounded zero point may leave one of the steps unused. Values of 16 bits are too coarse to tell.
+    """
+    for piece in rows.split(group_size, dim=-1):
+        span = piece.amax(-1, keepdim=True).clamp(min=0) - piece.amin(-1, keepdim=True).clamp(max=0)
+        good = torch.zeros(len(piece), dtype=torch.bool, device=piece.device)
+        for steps in (2**bits - 1, 2**bits - 2):
+            codes = piece * steps / span.clamp(min=1e-30)
+            good |= ((codes - codes.round()).abs() < 0.01).all(-1)
+        if not good.all():
+            return False
+    return True
 
 
 def _by_output(module: torch.nn.Module, param: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .export import write_numbers
 from .methods import SEED_PATTERN, Method, group_by_seed
 from .pages import change_text, loss_text
 from .plots import plot_sweeps
-from .summary import summarize
+from .summary import benchmark_settings, summarize
 from .tables import MISSING, NOT_ASKED, add_tables, add_verdict
 
 
@@ -117,12 +117,19 @@ def _sweeps(document: Document, results: Sequence[Results], methods: Sequence[Me
         return
     document.heading("Learning and forgetting")
     sweeps = {one.name: one.sweep() for one in results}
-    if not all(sweeps.values()):
-        document.text(
-            "Missing: an evaluation without tuned models or without `--task_data` has nothing to compare here."
-        )
+    for one in results:
+        if not sweeps[one.name]:
+            if not one.tuned:
+                why = "it has no tuned models"
+            elif not one.tasks:
+                why = "it has no `--task_data`"
+            else:
+                why = "the losses of its models are not known"
+            document.text(f"{code(one.name)} is not in this comparison: {why}.")
+    by_method = {m.name: [sweeps[one.name] for one in m.results if sweeps[one.name]] for m in methods}
+    by_method = {name: found for name, found in by_method.items() if found}
+    if not by_method:
         return
-    by_method = {method.name: [sweeps[one.name] for one in method.results] for method in methods}
     caption = "Left: what was lost, against the task loss. Right: the loss on old data where it ended. 95% intervals."
     document.figure("frontier", plot_sweeps(by_method), caption)
 
@@ -138,14 +145,23 @@ def _runs(document: Document, results: Sequence[Results]) -> None:
     document.table(["run", "tuned model", "task loss", "forgetting", "loss on old data where it ended"], rows)
     for one in results:
         known = {run.name for run in one.sweep()}
-        if one.tuned and known and (failed := [name for name in one.tuned if name not in known]):
+        if one.tasks and (failed := [name for name in one.tuned if name not in known]):
             document.text(
                 f"Left out of {code(one.name)}, because their losses are not known: {', '.join(map(code, failed))}."
             )
 
 
 def _benchmarks(document: Document, results: Sequence[Results]) -> None:
-    scores = {one.name: one.benchmarks(one.base) for one in results}
+    scores = {}
+    for one in results:
+        if not one.benchmarks(one.base):
+            continue
+        if benchmark_settings(one) != benchmark_settings(results[0]):
+            document.text(f"The benchmarks of {code(one.name)} are not compared: they were run with other settings.")
+            continue
+        scores[one.name] = one.benchmarks(one.base)
+    if results[0].name not in scores:
+        return
     shared = [task for task in scores[results[0].name] if all(task in found for found in scores.values())]
     if not shared:
         return
@@ -158,7 +174,7 @@ def _benchmarks(document: Document, results: Sequence[Results]) -> None:
     for task in shared:
         first = scores[results[0].name][task]
         row = [task, first.metric, "more" if first.higher_is_better else "less"]
-        for one in results:
+        for one in (one for one in results if one.name in scores):
             best = _best_tuned(one)
             scored = one.benchmarks(best).get(task) if best is not None else None
             after = f" → {scored.text()}" if scored is not None else ""

@@ -1,13 +1,15 @@
 """The numbers of a comparison: damage of few bits, forgetting and benchmarks at equal task loss, where runs ended."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
 
 from ..evaluation.results import Results
+from ..instruments import INSTRUMENTS, BenchmarkResult
 from ..statistics import (
     ScoredRun,
+    TunedRun,
     damage_reduction,
     forgetting_reduction,
     mean_forgetting,
@@ -48,6 +50,7 @@ def summarize(results: Sequence[Results], pattern: str = SEED_PATTERN) -> dict:
             "base difference": _difference(reference, method, data, ""),
             "training": method.results[0].training,
             "quantized": {scheme: _quantized(reference, method, data, scheme) for scheme in schemes},
+            "tuned models": sum(len(one.tuned) for one in method.results),
             "fine-tuned": _fine_tuned(reference, method) if method is not reference else None,
             "sweep": [_point(one, run) for one in method.results for run in one.sweep()],
             "benchmarks": _benchmark_means(method, schemes),
@@ -114,7 +117,7 @@ def _fine_tuned(reference: Method, method: Method) -> dict | None:
         "task losses": [found.low, found.high],
         "forgetting": found.method,
         "of the reference": found.reference,
-        "reduction": found.relative.scaled(100).to_dict(),
+        "reduction": found.relative.scaled(100).to_dict() if found.reference > 0 else None,
         "seeds": found.seeds,
         "loss": found.end_method,
         "loss of the reference": found.end_reference,
@@ -127,38 +130,50 @@ def _fine_tuned(reference: Method, method: Method) -> dict | None:
 def _benchmark_means(method: Method, schemes: Sequence[str]) -> list[dict]:
     """Mean accuracy over tasks and seeds, in per cent, of the base, quantized, and of each tuned model.
 
-    The standard error is that over the examples; differences between training seeds are not in it.
+    The standard error is that over the examples, which all seeds share; differences between training seeds are not in
+    it.
     """
     found = []
     tuned = [("fine-tuned", name, "") for name in method.results[0].tuned]
     for kind, model, variant in [("base", None, ""), *(("quantized", None, one) for one in schemes), *tuned]:
         by_seed = [_shares(one, one.base if model is None else model, variant) for one in method.results]
-        if not all(by_seed):
+        if not all(by_seed) or any(_examples(one) != _examples(by_seed[0]) for one in by_seed):
             continue
-        scores = [score for one in by_seed for score in one]
-        error = float(np.sqrt(np.square([score.standard_error for score in scores]).sum()) / len(scores))
-        mean = fmean(fmean(score.value for score in one) for one in by_seed)
+        tasks = [np.mean([list(one[task].scores.values()) for one in by_seed], axis=0) for task in by_seed[0]]
+        error = np.sqrt(sum(scores.var(ddof=1) / len(scores) if len(scores) > 1 else np.nan for scores in tasks))
         label = {"base": "base", "quantized": f"base in {variant}"}.get(kind, model)
-        found.append({"model": label, "kind": kind, "mean": 100 * mean, "standard error": 100 * error})
+        mean = fmean(fmean(score.value for score in one.values()) for one in by_seed)
+        found.append(
+            {"model": label, "kind": kind, "mean": 100 * mean, "standard error": float(100 * error / len(tasks))}
+        )
     return found
 
 
-def _shares(one: Results, model: str, variant: str = "") -> list:
-    """The scores of a model that are shares, e.g. accuracies."""
-    return [score for score in one.benchmarks(model, variant).values() if score.in_per_cent]
+def _shares(one: Results, model: str, variant: str = "") -> dict[str, BenchmarkResult]:
+    """The scores of a model by task that are shares, e.g. accuracies; without groups, which hold the same examples."""
+    scores = one.benchmarks(model, variant)
+    return {task: scores[task] for task in sorted(scores) if scores[task].in_per_cent and not scores[task].group}
+
+
+def _examples(scores: Mapping[str, BenchmarkResult]) -> dict:
+    """What was asked: metric and examples by task."""
+    return {task: (score.metric, list(score.scores)) for task, score in scores.items()}
 
 
 def _scores(reference: Method, method: Method) -> dict | None:
     """Mean accuracy at equal task loss, in per cent; None without benchmarks of fine-tuned models."""
     sides = list(zip(*pair(reference, method), strict=True))
-    scored = [[_scored_runs(one) for one in side] for side in sides]
-    if not scored or not all(len(sweep) > 1 for side in scored for sweep in side):
+    sweeps = [[_scored_sweep(one) for one in side] for side in sides]
+    if not all(len(sweep) > 1 for side in sweeps for sweep in side):
         return None
-    examples = [[len(scores) for scores in run.scores] for side in scored for sweep in side for run in sweep]
-    if any(one != examples[0] for one in examples):
+    first = sides[0][0]
+    if any(benchmark_settings(one) != benchmark_settings(first) for side in sides for one in side):
+        return {"missing": "The benchmarks were run with other settings."}
+    runs = [scores for side in sweeps for sweep in side for _, scores in sweep]
+    if any(_examples(scores) != _examples(runs[0]) for scores in runs):
         return {"missing": "The fine-tuned models were scored on different tasks or examples."}
     try:
-        found = score_difference(*scored)
+        found = score_difference(*([[_scored_run(*run) for run in sweep] for sweep in side] for side in sweeps))
     except ValueError as error:
         return {"missing": str(error)}
     return {
@@ -166,14 +181,22 @@ def _scores(reference: Method, method: Method) -> dict | None:
         "of the reference": 100 * found.reference,
         "mean": 100 * found.method,
         "difference": found.difference.scaled(100).to_dict(),
-        "seeds": len(scored[0]),
+        "seeds": len(sides[0]),
     }
 
 
-def _scored_runs(one: Results) -> list[ScoredRun]:
+def benchmark_settings(one: Results) -> dict:
+    """The settings that scores depend on, without the names of the tasks."""
+    names = INSTRUMENTS["benchmarks"].setting_names
+    return {name: one.record["settings"].get(name) for name in names if name != "benchmarks"}
+
+
+def _scored_sweep(one: Results) -> list[tuple[TunedRun, dict[str, BenchmarkResult]]]:
+    """The runs on the frontier of a sweep that have scores."""
     sweep = [run for run in one.sweep() if _shares(one, run.name)]
     best = pareto_frontier([(run.task.loss, run.forgetting) for run in sweep])
-    return [
-        ScoredRun(sweep[i].task, [np.asarray(list(score.scores.values())) for score in _shares(one, sweep[i].name)])
-        for i in best
-    ]
+    return [(sweep[i], _shares(one, sweep[i].name)) for i in best]
+
+
+def _scored_run(run: TunedRun, scores: Mapping[str, BenchmarkResult]) -> ScoredRun:
+    return ScoredRun(run.task, [np.asarray(list(score.scores.values())) for score in scores.values()])

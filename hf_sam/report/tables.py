@@ -66,18 +66,26 @@ def overview(summary: dict) -> tuple[list[str], list[list[str | Cell]]]:
         if fine_tuned:
             found = run["fine-tuned"] or {}
             end = found.get("loss difference")
-            absent = "reference" if is_reference else MISSING
-            row.append(estimate(found.get("reduction"), ".1f", "%", absent=absent, less_is_better=False))
+            absent = "reference" if is_reference else MISSING if run["tuned models"] else NOT_ASKED
+            nothing = f"{summary['reference']} forgot nothing" if end is not None else absent
+            row.append(estimate(found.get("reduction"), ".1f", "%", absent=nothing, less_is_better=False))
             row.append(estimate(end and _negative(end), "+.4f", absent=absent, less_is_better=False))
         for scheme in schemes:
             found = run["quantized"][scheme]
-            absent = "reference" if is_reference else MISSING
+            absent = _absent(found, summary["reference"], is_reference)
             row.append(estimate(found["reduction"], ".1f", "%", absent=absent, less_is_better=False))
             row.append(marked(_number(found["loss"]), found["loss difference"], less_is_better=True))
         if not fine_tuned and schemes:
             end = run["quantized"][schemes[0]]["loss difference"]
         rows.append((_order(end, is_reference), row))
     return header, [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
+def _absent(found: dict, reference: str, is_reference: bool) -> str:
+    """What the cell of a reduction of damage says where there is none."""
+    if is_reference:
+        return "reference"
+    return f"{reference} lost nothing" if found["loss difference"] is not None else MISSING
 
 
 def _order(end: dict | None, is_reference: bool) -> tuple[bool, float]:
@@ -130,9 +138,7 @@ def _add_quantized(document: Document, summary: dict) -> None:
             found = run["quantized"][scheme]
             is_reference = name == summary["reference"]
             counts += [] if is_reference else [found["reduction seeds"]]
-            absent = "reference" if is_reference else MISSING
-            if absent == MISSING and found["damage"] is not None:
-                absent = f"{summary['reference']} lost nothing"
+            absent = _absent(found, summary["reference"], is_reference)
             reduction = estimate(found["reduction"], ".1f", "%", problems, absent=absent, less_is_better=False)
             damage = estimate(found["damage"], ".4f", problems=problems)
             ended = marked(_number(found["loss"]), found["loss difference"], less_is_better=True)
@@ -163,7 +169,14 @@ def _add_fine_tuned(document: Document, summary: dict) -> None:
                 name,
                 "{:.2f} to {:.2f}".format(*found["task losses"]),
                 f"{found['of the reference']:.4f} -> {found['forgetting']:.4f}",
-                estimate(found["reduction"], ".1f", "%", problems, less_is_better=False),
+                estimate(
+                    found["reduction"],
+                    ".1f",
+                    "%",
+                    problems,
+                    absent=f"{summary['reference']} forgot nothing",
+                    less_is_better=False,
+                ),
                 f"{found['loss of the reference']:.4f} -> {found['loss']:.4f}",
                 estimate(found["loss difference"], "+.4f", problems=problems, less_is_better=True),
             ]
@@ -190,8 +203,9 @@ def _add_fine_tuned(document: Document, summary: dict) -> None:
 def _add_benchmarks(document: Document, summary: dict) -> None:
     rows = []
     for name, run in summary["runs"].items():
+        base = next((found["mean"] for found in run["benchmarks"] if found["kind"] == "base"), None)
         for found in run["benchmarks"]:
-            change = f"{found['mean'] - run['benchmarks'][0]['mean']:+.1f}" if found["kind"] != "base" else ""
+            change = f"{found['mean'] - base:+.1f}" if found["kind"] != "base" and base is not None else ""
             rows.append([name, found["model"], f"{found['mean']:.1f} ± {found['standard error']:.1f}", change])
     if not rows:
         return

@@ -77,7 +77,9 @@ def verdict_of_evaluation(results: Results) -> list[str]:
 
 
 def _forgot(lost: Estimate) -> str:
-    if lost.problem or lost.low <= 0 <= lost.high:
+    if lost.problem:
+        return f"forgot {lost} nats per token"
+    if lost.low <= 0 <= lost.high:
         return f"forgot {lost} nats per token, which may be none,"
     return (
         f"**forgot** {lost} nats per token" if lost.value > 0 else f"**improved** by {lost.scaled(-1.0)} nats per token"
@@ -143,13 +145,22 @@ def _cost(summary: dict, name: str) -> str:
 
 
 def _certainty(summary: dict) -> str:
-    counts = [len(run["seeds"]) for run in summary["runs"].values()]
-    if min(counts) < 2:
+    counts = []
+    for name, run in summary["runs"].items():
+        if name != summary["reference"]:
+            counts += [found["reduction seeds"] for found in run["quantized"].values()]
+            counts += [run["fine-tuned"]["seeds"]] if "seeds" in (run["fine-tuned"] or {}) else []
+    if min(counts, default=1) < 2 <= max((len(run["seeds"]) for run in summary["runs"].values()), default=1):
+        return (
+            "How sure: some runs share no training seed, or one only, with the reference; their intervals are over "
+            "documents only. Train both with the same three seeds or more."
+        )
+    if min(counts, default=1) < 2:
         return (
             "How sure: intervals are over documents only. Training with another seed may change these numbers by more "
             "than that; repeat it with three seeds or more (`--seeds`) before you rely on them."
         )
-    return f"How sure: intervals are over documents and {min(counts)} or more training seeds."
+    return f"How sure: intervals are over documents and {min(counts)} or more training seeds that both runs have."
 
 
 def without_equal_compute(summary: dict) -> list[str]:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+from .errors import MeasurementError
+
 T = TypeVar("T")
 
 
@@ -112,16 +114,23 @@ def broadcast(value: T) -> T:
     return broadcast_object_list([value])[0]
 
 
+def wait_for_everyone() -> None:
+    """Wait until all ranks are here, e.g. before a process ends whose launcher would then end the others."""
+    if rank_and_world()[1] > 1:
+        PartialState().wait_for_everyone()
+
+
 def compute_on_first(compute: Callable[[], T]) -> T:
     """Call `compute` on rank 0 and return its result on all ranks.
 
-    A ValueError or OSError of rank 0 is raised on all ranks; otherwise they would wait for rank 0 forever.
+    A ValueError, OSError or MeasurementError of rank 0 is raised on all ranks; otherwise they would wait for rank 0
+    forever.
     """
     value, problem = None, None
     if rank_and_world()[0] == 0:
         try:
             value = compute()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MeasurementError) as error:
             problem = error
     value, problem = broadcast((value, problem))
     if problem is not None:

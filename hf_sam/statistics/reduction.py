@@ -78,7 +78,7 @@ class Reduction:
     Attributes:
         low, high (`float`): ends of the range of task losses that both span, in nats per token; means over the seeds.
         reference, method (`float`): mean forgetting of both over that range, in nats per token.
-        relative (`Estimate`): 1 - method / reference; 0.31 is 31% less.
+        relative (`Estimate`): 1 - method / reference; 0.31 is 31% less. Not a number if the reference forgot nothing.
         end_reference, end_method (`float`): mean held-out loss of both over that range: where they ended.
         end_difference (`Estimate`): the second minus the first; negative if the method ended better.
         seeds (`int`): pairs of sweeps; the interval includes the variation between training seeds from two on.
@@ -149,6 +149,8 @@ def forgetting_reduction(
     problem = statistic.problem()
 
     def reduction(weights: np.ndarray) -> Estimate:
+        if (curves @ weights)[1] <= 0:
+            return Estimate(math.nan, math.nan, math.nan, confidence, "the reference forgot nothing")
         found = _ratio(curves @ weights, [_project(one, weights) for one in variations], confidence)
         spread = max((abs(_quotient(other @ weights) - found.value) for other in others), default=0.0)
         return _reduction(found, _SPREADS * spread, problem)

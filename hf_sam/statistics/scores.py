@@ -114,6 +114,9 @@ def score_difference(
         variations.append(over_seeds(difference(losses, mean)))
     first, second, low, high = levels(losses, mean).mean(0)
     found = interval(float(second - first), [1.0], variations, confidence)
+    if any(len(sweep) < 3 for pair in pairs for sweep in pair):
+        problem = "a sweep has fewer than three runs on its frontier, which do not show how the curve bends"
+        found = Estimate(found.value, math.nan, math.nan, confidence, problem)
     if not found.problem:
         straight = levels(losses, mean, straight=True).mean(0)
         half = math.hypot(found.high - found.value, _SPREADS * (straight[1] - straight[0] - found.value))

@@ -1,5 +1,6 @@
 """Quantization: that it happens, what it costs, and that its absence is noticed."""
 
+import re
 import shutil
 
 import pytest
@@ -96,6 +97,21 @@ def test_rounding_to_nearest_by_hand():
     # 3 bits each, and 16 + 3 for each of 3 groups a row.
     assert made.bytes_after == (6 * 300 * 3 + 18 * 19 + 7) // 8
     assert made.layers == 1
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 2])
+def test_a_layer_that_was_not_rounded_is_no_proof(bits):
+    """With 8 bits a group of 128 holds no more values than 256, rounded or not; they must lie on a grid."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 64, bias=False)
+    held = QUANTIZERS[f"rtn{bits}"].held
+    assert re.match("holds", held(layer, "weight"))
+    model = torch.nn.Sequential(layer, torch.nn.Linear(64, 4))
+    round_to_nearest(model, bits)
+    assert held(layer, "weight").kind == "rounded"
+    with torch.no_grad():
+        layer.weight[17, 200] += 1e-3
+    assert re.match("holds", held(layer, "weight"))
 
 
 def test_values_on_the_grid_stay():

@@ -108,3 +108,9 @@ def test_calibration_is_asked_for(shelf, tmp_path, capsys, monkeypatch):
     )
     assert commands.main([*argv, "--calibration_data", str(tmp_path / "other.jsonl")]) == 0
     assert [data.documents for data in seen] == [10]
+    # Other calibration data make another evaluation.
+    text = (tmp_path / "other.jsonl").read_text()
+    (tmp_path / "third.jsonl").write_text(text[: text.rindex("\n", 0, -1) + 1])
+    capsys.readouterr()
+    assert commands.main([*argv, "--calibration_data", str(tmp_path / "third.jsonl")]) == 2
+    assert "rtn4 was calibrated on other data" in capsys.readouterr().err

@@ -109,7 +109,7 @@ def test_compressed_tensors_are_proven_by_their_values(shelf, tmp_path):
     # Unpacked weights that are not on a grid are no proof.
     layer = model.model.layers[0].mlp.up_proj
     layer.weight.data.add_(torch.randn_like(layer.weight) * 1e-3)
-    assert "values a group" in what_it_holds(layer, "weight")
+    assert "with its scales cannot" in what_it_holds(layer, "weight")
 
 
 def test_a_model_made_from_another_one_is_doubted(shelf, tmp_path):
@@ -123,6 +123,15 @@ def test_a_model_made_from_another_one_is_doubted(shelf, tmp_path):
     assert evaluated(shelf, tmp_path / "out", f"theirs={tmp_path / 'nf4'}") == 0
     report = (tmp_path / "out" / "report.md").read_text()
     assert "it was made from another model" in report
+    # Of another size, or with fewer layers, it is none at all.
+    for name, change in (("wide", {"hidden_size": 128}), ("short", {"num_hidden_layers": 1})):
+        other = sharp_olmo2(vocab_size=find_model(str(shelf / "base")).vocabulary(), **change)
+        other.save_pretrained(tmp_path / name)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, quantization_config=config)
+        model.save_pretrained(tmp_path / f"{name}-nf4")
+        (made,) = find_quantized([f"x={tmp_path / f'{name}-nf4'}"], [find_model(str(shelf / "base"))])
+        with pytest.raises(RuntimeError, match="it was made from another model"):
+            load_ready_made(made)
 
 
 def test_it_may_belong_to_a_tuned_model(shelf, nf4):

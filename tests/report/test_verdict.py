@@ -64,6 +64,23 @@ def test_seeds_are_said():
     assert verdict(summarize([run("only")])) == ["There is only one run, `only`, and nothing to compare."]
 
 
+def test_seeds_that_only_one_run_has_are_not_counted():
+    """Seeds 0 to 2 against 3 to 5: there is no pair, whatever their number."""
+    other = [one for one in seeds("b", [0.1] * 6) if int(one.name[-1]) > 2]
+    said = verdict(summarize([*seeds("a", [0.1, 0.2, 0.3]), *other]))[-1]
+    assert "share no training seed, or one only" in said
+
+
+def test_a_reference_that_forgot_nothing_is_said():
+    better = [
+        results(name, 3.0, 3.1, {t: 3.0 - lost * s for t, lost in SWEEP.items()}) for name, s in (("a", 1), ("b", 2))
+    ]
+    document, summary = comparison_report(better)
+    assert summary["runs"]["b"]["fine-tuned"]["reduction"] is None
+    assert "a forgot nothing" in document.markdown()
+    assert "forgets" not in verdict(summary)[0]
+
+
 def test_many_runs_are_sorted_by_where_they_ended():
     runs = [run("reference"), *(run(f"run{i}", base=3.0 + (i * 7 % 9 - 4) / 100) for i in range(9))]
     summary = summarize(runs)
@@ -162,3 +179,31 @@ def test_benchmarks_are_compared_at_equal_task_loss():
     assert re.search(r"\| toy \| acc \| more \| 51\.0 ± 3\.5 → 40\.0 ± 3\.5 \| 56\.0 ± 3\.5 → 45\.0 ± 3\.5 \|", text)
     assert re.search(r"\| sam \| 1\.50 to 2\.50 \| 4\d\.\d -> \d\d\.\d \| \+[45]\.\d \[\+", text)
     assert loss(1.0)
+
+
+def test_benchmarks_of_other_tasks_or_settings_are_not_compared():
+    other = scored("sam", 0.05)
+    for part in other.record["parts"]:
+        if part["part"] == "benchmarks":
+            part["result"] = {"else": {**part["result"]["toy"], "task": "else"}}
+    summary = summarize([scored("adamw", 0.0), other])
+    assert "different tasks or examples" in summary["runs"]["sam"]["benchmarks at equal task loss"]["missing"]
+    other = scored("sam", 0.05)
+    other.record["settings"]["num_fewshot"] = 3
+    document, summary = comparison_report([scored("adamw", 0.0), other])
+    assert "other settings" in summary["runs"]["sam"]["benchmarks at equal task loss"]["missing"]
+    assert "The benchmarks of `sam` are not compared" in document.markdown()
+
+
+def test_groups_and_seeds_do_not_count_examples_twice():
+    """A group holds the examples of its tasks, and all seeds answer the same examples."""
+    one = scored("adamw", 0.0)
+    alone = summarize([one])["runs"]["adamw"]["benchmarks"][0]
+    for part in one.record["parts"]:
+        if part["part"] == "benchmarks":
+            part["result"]["group"] = {**part["result"]["toy"], "task": "group", "group": True}
+    assert summarize([one])["runs"]["adamw"]["benchmarks"][0] == alone
+    repeated = [scored(f"adamw-seed-{seed}", 0.0) for seed in range(4)]
+    assert summarize(repeated)["runs"]["adamw"]["benchmarks"][0]["standard error"] == pytest.approx(
+        alone["standard error"]
+    )

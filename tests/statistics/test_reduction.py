@@ -85,6 +85,14 @@ def test_a_reference_that_forgets_nothing_gives_no_interval():
     assert "may be zero" in found.relative.problem
 
 
+def test_a_reference_that_improved_is_no_measure():
+    """Fine-tuning that helps old data, and helps it more with the method: not "100% more forgetting"."""
+    found = forgetting_reduction(sweep(lambda loss: -0.1 * (3 - loss)), sweep(lambda loss: -0.2 * (3 - loss)))
+    assert math.isnan(found.relative.value)
+    assert found.relative.problem == "the reference forgot nothing"
+    assert found.end_difference.value < 0
+
+
 def test_two_runs_do_not_show_how_a_curve_bends():
     two = sweep(lambda loss: 3 - loss, losses=(1.0, 2.5))
     found = forgetting_reduction(two, sweep(lambda loss: 3 - loss))

@@ -36,6 +36,12 @@ def test_known_curves():
         score_difference([sweep(0.0)], [sweep(0.0, losses=(0.1, 0.5, 0.9))])
 
 
+def test_two_runs_give_no_interval():
+    found = score_difference([sweep(0.0, losses=(1.0, 2.5))], [sweep(0.03)]).difference
+    assert np.isnan(found.low)
+    assert "fewer than three runs" in found.problem
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_intervals_cover(seeds):
     generator = np.random.default_rng(seeds)
