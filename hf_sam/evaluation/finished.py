@@ -85,6 +85,10 @@ def _changed_measures(before: dict, now: dict) -> list[str]:
     for name in dict.fromkeys(decisive):
         if old.get(name) != new[name]:
             found.append(f"it has --{name} {old.get(name)}, not {new[name]}")
+    for name, facts in before["facts"].items():
+        for fact, value in facts.items():
+            if name in now["facts"] and now["facts"][name].get(fact) != value:
+                found.append(f"{fact.replace('_', ' ')} of its {name} is another one")
     triples = [[model["name"] for model in record["models"][1:3]] for record in (before, now)]
     measured = [i.name for i in INSTRUMENTS.values() if i.subject == "triple" and i.name in old.get(i.group, [])]
     if measured and triples[0] != triples[1]:

@@ -343,6 +343,7 @@ class Evaluation:
                 {"scheme": made.scheme, "model": made.model.name, "spec": made.spec, "fingerprint": made.fingerprint}
                 for made in self.ready_made
             ],
+            "facts": {instrument.name: instrument.facts(settings) for instrument in self.instruments},
             "calibration": None if self.calibration is None else self.calibration.fingerprint(),
             "parts": self.store.records,
         }

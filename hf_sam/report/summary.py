@@ -50,7 +50,7 @@ def summarize(results: Sequence[Results], pattern: str = SEED_PATTERN) -> dict:
             "base difference": _difference(reference, method, data, ""),
             "training": method.results[0].training,
             "quantized": {scheme: _quantized(reference, method, data, scheme) for scheme in schemes},
-            "tuned models": sum(len(one.tuned) for one in method.results),
+            "has tuned models": any(one.tuned for one in method.results),
             "fine-tuned": _fine_tuned(reference, method) if method is not reference else None,
             "sweep": [_point(one, run) for one in method.results for run in one.sweep()],
             "benchmarks": _benchmark_means(method, schemes),

@@ -66,7 +66,7 @@ def overview(summary: dict) -> tuple[list[str], list[list[str | Cell]]]:
         if fine_tuned:
             found = run["fine-tuned"] or {}
             end = found.get("loss difference")
-            absent = "reference" if is_reference else MISSING if run["tuned models"] else NOT_ASKED
+            absent = "reference" if is_reference else MISSING if run["has tuned models"] else NOT_ASKED
             nothing = f"{summary['reference']} forgot nothing" if end is not None else absent
             row.append(estimate(found.get("reduction"), ".1f", "%", absent=nothing, less_is_better=False))
             row.append(estimate(end and _negative(end), "+.4f", absent=absent, less_is_better=False))

@@ -236,3 +236,8 @@ def test_benchmarks_of_a_model_whose_losses_failed_are_not_run(shelf, diverged, 
     assert benchmarks["base"]["result"]["own_task"]
     assert benchmarks["overflow"]["result"] is None
     assert "logits are not finite" in benchmarks["overflow"]["error"]
+    # Another task under the same name is another evaluation.
+    task = tmp_path / "tasks" / "own.yaml"
+    task.write_text(task.read_text().replace("{{question}}", "{{question}} w5"))
+    with pytest.raises(ValueError, match="task folder of its benchmarks is another one"):
+        evaluate(arguments(shelf, tmp_path / "out", **settings))
