@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from ..instruments import HeldOutData
 from ..instruments.benchmarks import benchmark_dtype, benchmark_tokens
 from ..planning.plan import UTILIZATION, duration
 from ..runtime.markdown import markdown_table
+from ..runtime.models import model_without_weights
 from .run import Evaluation
 
 # Dense peak in FLOP/s from the data sheets of the vendor, by the precision of the matrix products. Held-out losses and
@@ -89,9 +87,7 @@ def _hours(work: Work, parameters: int, peaks: dict[str, float]) -> float:
 
 def _multiplied(evaluation: Evaluation) -> int:
     """Parameters of the base in matrix multiplications: all but input embeddings that are not also the output layer."""
-    folder = (evaluation.base.base or evaluation.base).folder
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = model_without_weights((evaluation.base.base or evaluation.base).folder)
     total = sum(param.numel() for param in model.parameters())
     tied = model.get_output_embeddings() is None or (
         model.get_output_embeddings().weight is model.get_input_embeddings().weight

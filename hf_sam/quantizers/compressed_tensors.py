@@ -80,7 +80,8 @@ def held(module: torch.nn.Module, name: str, bits: int | None = None) -> Held | 
         return f"is a {type(module).__name__} that holds {'nothing' if weight is None else weight.dtype}"
     if bits not in (None, arguments.num_bits):
         return f"is quantized to {arguments.num_bits} bits"
-    kind = f"{getattr(arguments.type, 'value', arguments.type)}{arguments.num_bits} of compressed-tensors"
+    number = getattr(arguments.type, "value", arguments.type)  # an enumeration or, read from a file, its value
+    kind = f"{number}{arguments.num_bits} of compressed-tensors"
     scales = [getattr(module, part) for part in ("weight_scale", "weight_zero_point") if hasattr(module, part)]
     if hasattr(module, "weight_packed"):
         return Held(kind, module.weight_packed.nbytes + sum(one.nbytes for one in scales))
@@ -88,9 +89,7 @@ def held(module: torch.nn.Module, name: str, bits: int | None = None) -> Held | 
         return f"is a {type(module).__name__} without scales"
     # Unpacked by transformers: the rounded values.
     matrix, scale = getattr(module, name).detach(), scales[0].detach()
-    if not _on_grid(
-        matrix, scale, getattr(module, "weight_g_idx", None), getattr(arguments.type, "value", "") == "int"
-    ):
+    if not _on_grid(matrix, scale, getattr(module, "weight_g_idx", None), whole=number == "int"):
         return f"holds values that {arguments.num_bits} bits with its scales cannot"
     size = matrix.numel() * arguments.num_bits // 8 + 2 * scale.numel()
     return Held(kind, size if arguments.symmetric else size + scale.numel() * arguments.num_bits // 8)

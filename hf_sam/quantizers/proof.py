@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..runtime.errors import MeasurementError
+from ..runtime.models import model_without_weights
 from .registry import Held
 
 # Share of the weights that may stay in full precision, e.g. the kernels of short convolutions.
@@ -74,11 +74,7 @@ def matrices(model: torch.nn.Module) -> dict[str, Matrix]:
 
 def matrices_of_config(path, **kwargs) -> dict[str, Matrix]:
     """[`matrices`] of a saved model, from its config; `kwargs` are those of `AutoConfig.from_pretrained`."""
-    config = AutoConfig.from_pretrained(path, **kwargs)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return matrices(AutoModelForCausalLM.from_config(config))
+    return matrices(model_without_weights(path, **kwargs))
 
 
 def quantizable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ..runtime.errors import MeasurementError
 from ..runtime.fingerprint import fingerprint_of_files
-from ..runtime.models import LocalModel, check_same_tokens, find_model, load_checked
+from ..runtime.models import LocalModel, check_same_tokens, find_model, load_checked, model_without_weights
 from ..runtime.packages import require
 from . import bitsandbytes, compressed_tensors, gguf, hqq, torchao
 from .loading import device_type
@@ -154,8 +154,7 @@ def _with_difference(proof: Quantized, folder: Path, embeddings: torch.Tensor | 
 def _embeddings_of(folder: Path) -> torch.Tensor | None:
     from safetensors import safe_open
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = model_without_weights(folder)
     name = next(n for n, param in model.named_parameters() if param is model.get_input_embeddings().weight)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -49,7 +49,7 @@ def _round(model: torch.nn.Module, bits: int, group_size: int = GROUP_SIZE) -> N
 def _held(module: torch.nn.Module, name: str, bits: int, group_size: int = GROUP_SIZE) -> Held | str:
     matrix = _by_output(module, getattr(module, name))
     rows = matrix.detach().reshape(-1, matrix.shape[-1])
-    most = max(most_values(piece) for piece in rows.split(group_size, dim=-1))
+    most = max(_most_values(piece) for piece in rows.split(group_size, dim=-1))
     if most > 2**bits:
         return f"holds {most} values a group"
     if rows.dtype in (torch.float32, torch.float64) and not _on_grid(rows, bits, group_size):
@@ -58,7 +58,7 @@ def _held(module: torch.nn.Module, name: str, bits: int, group_size: int = GROUP
     return Held("rounded", -(-(matrix.numel() * bits + groups * (16 + bits)) // 8))
 
 
-def most_values(groups: torch.Tensor) -> int:
+def _most_values(groups: torch.Tensor) -> int:
     """The largest number of different values in a row."""
     ordered = groups.sort(dim=-1).values
     return int((ordered.diff(dim=-1) != 0).sum(-1).max()) + 1

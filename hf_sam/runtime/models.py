@@ -185,6 +185,20 @@ def check_same_tokens(base, tuned, name: str) -> None:
         )
 
 
+def model_without_weights(path: str | Path, **kwargs) -> torch.nn.Module:
+    """The unquantized causal language model of a config, on the meta device, e.g. for names and sizes of its weights.
+
+    Args:
+        path (`str` or `Path`): folder or hub id.
+        kwargs: further arguments of `AutoConfig.from_pretrained`, e.g. `revision`.
+    """
+    config = AutoConfig.from_pretrained(path, **kwargs)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_checked(path: str | Path, **kwargs) -> torch.nn.Module:
     """`AutoModelForCausalLM.from_pretrained` that raises for missing weights instead of initializing them randomly.
 

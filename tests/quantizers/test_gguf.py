@@ -117,7 +117,7 @@ def test_damage_is_that_of_the_values_in_the_file(folder, shelf, kind, bits):
     """The plain model with the weights that the `gguf` package decodes; llama.cpp rounds activations, too."""
     model, proof = load_ready_made(made(folder, f"q={folder / kind}.gguf"))
     assert proof.layers == 14
-    assert proof.bits == pytest.approx(bits, abs=0.6)
+    assert proof.bits == pytest.approx(bits, abs=0.6)  # llama.cpp gives some layers more bits than others
     assert all(name.startswith("Q") for name in proof.kinds)
     assert 0 < proof.embedding_difference < 0.2
     plain = find_model(str(folder / "base")).load(torch.float32)

@@ -25,7 +25,7 @@ def nf4(shelf, tmp_path_factory):
     return folder
 
 
-def packed_int4(source, folder) -> dict[str, torch.Tensor]:
+def packed(source, folder, bits: int) -> dict[str, torch.Tensor]:
     """A checkpoint in the compressed-tensors format, as llm-compressor and vLLM exchange it; returns its weights."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from safetensors.torch import load_file, save_file
@@ -37,15 +37,16 @@ def packed_int4(source, folder) -> dict[str, torch.Tensor]:
             stored[name] = tensor
             continue
         blocks = tensor.reshape(tensor.shape[0], -1, 32)
-        scale = blocks.abs().amax(-1) / 7.5
-        codes = (blocks / scale[..., None]).round().clamp(-8, 7)
+        half = 2 ** (bits - 1)
+        scale = blocks.abs().amax(-1) / (half - 0.5)
+        codes = (blocks / scale[..., None]).round().clamp(-half, half - 1)
         rounded[name] = (codes * scale[..., None]).reshape(tensor.shape)
-        stored[f"{name}_packed"] = pack_to_int32(codes.reshape(tensor.shape).to(torch.int8), 4)
+        stored[f"{name}_packed"] = pack_to_int32(codes.reshape(tensor.shape).to(torch.int8), bits)
         stored[f"{name}_scale"] = scale
         stored[f"{name}_shape"] = torch.tensor(tensor.shape)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -92,23 +93,25 @@ def test_it_is_in_the_same_table_with_the_same_numbers(shelf, nf4, tmp_path, cap
     assert "its quantized model 'base/theirs' had other weights" in capsys.readouterr().err
 
 
-def test_compressed_tensors_are_proven_by_their_values(shelf, tmp_path):
-    rounded = packed_int4(shelf / "base", tmp_path / "w4a16")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compressed_tensors_are_proven_by_their_values(shelf, tmp_path, bits):
+    rounded = packed(shelf / "base", tmp_path / "theirs", bits)
     base = find_model(str(shelf / "base"))
-    (made,) = find_quantized([str(tmp_path / "w4a16")], [base])
+    (made,) = find_quantized([str(tmp_path / "theirs")], [base])
     model, proof = load_ready_made(made)
-    assert proof.scheme == "w4a16"
+    assert proof.scheme == "theirs"
     assert proof.layers == len(rounded)
-    assert proof.kinds == ("int4 of compressed-tensors",)
-    assert proof.bits == pytest.approx(4 + 32 / 32)
+    assert proof.kinds == (f"int{bits} of compressed-tensors",)
+    assert proof.bits == pytest.approx(bits + 32 / 32)
     plain = base.load(torch.float32)
     for name, weight in rounded.items():
         plain.get_parameter(name).data.copy_(weight)
     loss = held_out_loss(model, old_data(shelf)).loss
     assert loss == pytest.approx(held_out_loss(plain, old_data(shelf)).loss, abs=1e-5)
-    # Unpacked weights that are not on a grid are no proof.
+    # Unpacked by the forward pass, they are proven by their values; weights that are not on a grid are no proof.
     layer = model.model.layers[0].mlp.up_proj
-    layer.weight.data.add_(torch.randn_like(layer.weight) * 1e-3)
+    assert what_it_holds(layer, "weight").kind == f"int{bits} of compressed-tensors"
+    layer.weight.data.add_(torch.randn_like(layer.weight) * layer.weight.std() / 100)
     assert "with its scales cannot" in what_it_holds(layer, "weight")
 
 
