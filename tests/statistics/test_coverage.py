@@ -1,4 +1,4 @@
-"""95% intervals hold the truth in 92 to 97% of synthetic draws, or there is no interval."""
+"""95% intervals hold the truth in 92 to 98% of synthetic draws, or there is no interval."""
 
 import numpy as np
 import pytest
