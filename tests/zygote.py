@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from hf_sam import commands
 
 TESTS = Path(__file__).parent
@@ -41,6 +43,7 @@ def rank_of_job(job: dict, rank: int, port: int) -> None:
         if job.get("strategy") == "fsdp2":
             shard_on_the_cpu()
         status = commands.main(sys.argv[1:])
+        assert not torch.distributed.is_initialized(), "a process group that is alive at exit may abort its process"
     except BaseException:
         import traceback
 

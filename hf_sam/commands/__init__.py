@@ -148,4 +148,7 @@ def _run(command: Command, argv: list[str]) -> int:
     missing = [name for name in command.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} is not installed. Install it: pip install 'hf-sam[{command.extra}]'.")
-    return importlib.import_module(f".{command.module}", __name__).main(argv)
+    status = importlib.import_module(f".{command.module}", __name__).main(argv)
+    if "accelerate" in sys.modules:
+        importlib.import_module("..runtime.distributed", __name__).leave_processes()
+    return status

@@ -1,9 +1,10 @@
 """Collectives over the processes of a run, and sharding of batches over them.
 
-Only [`join_processes`] sets up a process group; all other functions use the existing one. Without Accelerate's state
-(in a script or a notebook) there is one process.
+Only [`join_processes`] sets up a process group, and only [`leave_processes`] ends it; all other functions use the
+existing one. Without Accelerate's state (in a script or a notebook) there is one process.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -45,6 +46,17 @@ def join_processes() -> None:
         PartialState()
     if launched != rank_and_world()[1]:
         raise RuntimeError(f"{launched} processes were launched, but accelerate sees {rank_and_world()[1]}.")
+
+
+def leave_processes() -> None:
+    """Release what native threads still use, before the interpreter of this process ends.
+
+    Threads of Gloo and of Arrow that hold Python objects at exit abort the process: "terminate called without an active
+    exception", exit status -6, after all the work is done (pytorch/pytorch#190489, apache/arrow#45214).
+    """
+    gc.collect()  # trainers keep streams in reference cycles
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def default_device() -> torch.device:

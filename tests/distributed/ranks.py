@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_sam import SAMStep
+from hf_sam.runtime.distributed import leave_processes
 
 RHO = 0.3
 
@@ -354,3 +355,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from toy import Branches, arguments, olmo2, step_logs, token_dataset
 
 from hf_sam import SAMTrainer, SAMTrainingArguments
+from hf_sam.runtime.distributed import leave_processes
 
 
 def build_trainer(
@@ -148,3 +149,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave_processes()
