@@ -7,8 +7,8 @@ from .perturbation import Perturbation
 
 logger = get_logger(__name__)
 
-# `sam/perturbation_kept` is measured in every 16th SAM step. Measuring needs collectives, so it must not depend on when
-# a rank reads its metrics.
+# `sam/perturbation_kept` is measured in every 16th SAM step. Ranks reduce what they measured, so it must not depend on
+# when a rank reads its metrics.
 _MEASURED_EVERY = 16
 # Outside of this range, rounding changes the perturbation too much.
 _KEPT_RANGE = (0.5, 1.5)
@@ -83,10 +83,14 @@ class SAMMetrics:
         # A skipped step has no perturbed loss. The last entry counts the steps that are not skipped.
         values = torch.where(finite.to(device), values, torch.zeros_like(values))
         values = torch.cat([values, values.new_full((1,), rho), finite.to(device, torch.float32).reshape(1)])
+        if perturbation.moved is not None:
+            values = torch.cat([values, perturbation.moved.to(device)])
         if not uneven_inputs:
+            # One reduction for everything. Shards of equal size are not assumed: sums are divided after it.
             values = self._accelerator.reduce(values, reduction="mean")
-        if perturbation.kept is not None:
-            self._kept = perturbation.kept
+        if perturbation.moved is not None:
+            values, (along, length) = values[:-2], values[-2:]
+            self._kept = along / length
         self._sums = values if self._sums is None else self._sums + values
         self._steps += 1
         self._taken += 1

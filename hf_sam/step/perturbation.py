@@ -51,13 +51,18 @@ class Perturbation:
         norm (`torch.Tensor`): ||n|| (SAM: ||g||) over all shards, fp32, shape `()`.
         finite (`torch.Tensor`): bool, shape `()`; False if the ascent gradient has inf or NaN on any rank. The weights
             are then not perturbed.
-        kept (`torch.Tensor` or `None`): <dw, e> / ||e||^2, the fraction of e that is left in the stored weights, fp32,
-            shape `()`; `None` if it was not measured.
+        moved (`torch.Tensor` or `None`): <dw, e> and ||e||^2 of the weights on this rank, where dw is the change of the
+            stored weights, fp32, shape `(2,)`; `None` if they were not measured.
     """
 
     norm: torch.Tensor
     finite: torch.Tensor
-    kept: torch.Tensor | None
+    moved: torch.Tensor | None
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """<dw, e> / ||e||^2, the fraction of e that is left in the stored weights of this rank, shape `()`."""
+        return self.moved[0] / self.moved[1]
 
 
 @torch.no_grad()
@@ -79,7 +84,7 @@ def apply(
     finite: torch.Tensor,
     noise: Callable[[Fragment], torch.Generator] | None = None,
     measure: bool = False,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> torch.Tensor | None:
     """Write w + e into the weights of all fragments, e = scale * d.
 
     Args:
@@ -92,8 +97,7 @@ def apply(
         measure (`bool`, defaults to `False`): whether to measure how much of e is left in the stored weights.
 
     Returns:
-        `list[tuple[torch.Tensor, torch.Tensor]]`: <dw, e> and ||e||^2 of each fragment, in the same order; empty
-        without `measure`.
+        `torch.Tensor` or `None`: see [`Perturbation`]: `moved`; `None` without `measure`.
     """
     _perturb_fp32([fragment for fragment in fragments if _is_plain_fp32(fragment)], variant, scale, finite)
     moved = []
@@ -103,7 +107,7 @@ def apply(
         elif measure:
             pieces = chunks(fragment.weight, fragment.master, fragment.grad)
             moved.append(_sum_pairs(_projection(*piece) for piece in pieces))
-    return moved if measure else []
+    return _sum_on(scale.device, moved) if measure else None
 
 
 def _is_plain_fp32(fragment: Fragment) -> bool:
@@ -161,8 +165,11 @@ def _projection(after, before, ascent):
 
 
 def _sum_pairs(pairs):
-    along, length = zip(*pairs, strict=True)
-    return torch.stack(along).sum(), torch.stack(length).sum()
+    return torch.stack([torch.stack(pair) for pair in pairs]).sum(0)
+
+
+def _sum_on(device, moved):
+    return torch.stack([pair.to(device) for pair in moved]).sum(0) if moved else torch.zeros(2, device=device)
 
 
 def _sum(values: list[torch.Tensor]) -> torch.Tensor:

@@ -199,12 +199,8 @@ class Backend(abc.ABC):
         )
         self._publish()
         self.weight_caches.clear()
-        kept = None
-        if measure:
-            kept = self._sum_over_ranks(fragments, [along for along, _ in moved])
-            kept = kept / self._sum_over_ranks(fragments, [length for _, length in moved])
         self.clear_gradients()
-        return Perturbation(norm=norm, finite=finite, kept=kept)
+        return Perturbation(norm=norm, finite=finite, moved=moved)
 
     def restore(self, after_error: bool = False) -> None:
         """Restore the unperturbed weights bitwise; does nothing if they are not perturbed.
