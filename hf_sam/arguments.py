@@ -25,6 +25,10 @@ class SAMArguments:
         sam_rho (`float`, *optional*, defaults to `0.0`):
             Radius \\(\rho\\) of the perturbation \\(e = \rho g / \|g\|\\) (arXiv 2010.01412, eq. 2). `0` is plain
             training. The paper of sharpness-aware pretraining (arXiv 2605.02105) uses 0.05.
+        sam_loss_rise (`float`, *optional*, defaults to `0.0`):
+            If not 0, the radius of each step is `sam_loss_rise` \\(/ \|g\|\\), so that the loss rises by this number
+            of nats to first order (arXiv 2605.10183), but at most `sam_rho`, if that is set, too.
+            `hf-sam suggest-rho` measures both for a model.
         sam_variant (`str`, *optional*, defaults to `"sam"`):
             Name of the variant, which defines the perturbation. `"sam"`: as above. `"asam"`, adaptive SAM:
             \\(e = \rho |w|^2 g / \| |w| g\|\\) elementwise (arXiv 2102.11600, eq. 8); its \\(\rho\\) is on another
@@ -68,6 +72,13 @@ class SAMArguments:
     sam_rho: float = field(
         default=0.0,
         metadata={"help": "[SAM] Radius rho of the SAM perturbation e = rho * g / ||g||; 0 trains without SAM."},
+    )
+    sam_loss_rise: float = field(
+        default=0.0,
+        metadata={
+            "help": "[SAM] First-order rise of the loss by the perturbation, in nats: the radius of each step is "
+            "sam_loss_rise / ||g||, at most sam_rho if that is set. 0: the radius is sam_rho."
+        },
     )
     sam_variant: str = field(
         default=DEFAULT,
@@ -144,7 +155,7 @@ class SAMArguments:
     def get_warmup_steps(self, num_training_steps: int) -> int:
         # `Trainer` calls this before training. A trainer with SAM has called `claim_for_sam` by then.
         unclaimed = not getattr(self, "_claimed_by_sam", False)
-        if unclaimed and (self.sam_rho > 0 or self.anneal_steps is not None):
+        if unclaimed and (self.uses_sam or self.anneal_steps is not None):
             logger.warning(
                 f"{type(self).__name__} sets sam_rho={self.sam_rho:g} and anneal_steps={self.anneal_steps}, but the "
                 "trainer that uses it does not support SAM, so they have no effect. Use hf_sam.SAMTrainer, "
@@ -156,19 +167,29 @@ class SAMArguments:
         """Record that a trainer with SAM uses these arguments."""
         self._claimed_by_sam = True
 
+    @property
+    def uses_sam(self) -> bool:
+        """Whether SAM is on."""
+        return self.sam_rho > 0 or self.sam_loss_rise > 0
+
+    @property
+    def largest_radius(self) -> float:
+        """`sam_rho`, or infinity if only `sam_loss_rise` limits the radius."""
+        return self.sam_rho if self.sam_rho > 0 or not self.sam_loss_rise else math.inf
+
     def layout_dependence(self) -> dict:
         """Settings of the hardware layout that change the result of a run with SAM, by name.
 
         The ascent gradient of each replica, or of some micro-batches, depends on the number of processes and the size
         of micro-batches. The ascent gradient of the global batch does not, and the result is empty.
         """
-        if self.sam_rho > 0 and (self.sam_ascent_sync == "local" or self.sam_ascent_micro_batches is not None):
+        if self.uses_sam and (self.sam_ascent_sync == "local" or self.sam_ascent_micro_batches is not None):
             return {"world_size": self.world_size, "per_device_train_batch_size": self.per_device_train_batch_size}
         return {}
 
     def unused_sam_fields(self) -> list[str]:
-        """Names of the SAM fields that are set although `sam_rho` is 0."""
-        if self.sam_rho > 0:
+        """Names of the SAM fields that are set although SAM is off."""
+        if self.uses_sam:
             return []
         known = SAMArguments.__dataclass_fields__
         return [
@@ -181,6 +202,10 @@ class SAMArguments:
         check_variant(self.sam_variant, "sam_variant")
         if not (math.isfinite(self.sam_rho) and self.sam_rho >= 0):
             raise ValueError(f"sam_rho={self.sam_rho} must be a finite number, 0 (no SAM) or larger.")
+        if not (math.isfinite(self.sam_loss_rise) and self.sam_loss_rise >= 0):
+            raise ValueError(
+                f"sam_loss_rise={self.sam_loss_rise} must be a finite number of nats, 0 (radius sam_rho) or larger."
+            )
         for name in ("sam_start_steps", "sam_end_steps", "anneal_steps", "sam_ascent_micro_batches"):
             check_count(name, getattr(self, name), zero_allowed=name == "sam_start_steps")
         if isinstance(self.sam_interval, bool) or not isinstance(self.sam_interval, int) or self.sam_interval < 1:
@@ -233,6 +258,7 @@ class SAMTrainingArguments(SAMArguments, TrainingArguments):
 
 _FLOAT_FIELDS = (
     "sam_rho",
+    "sam_loss_rise",
     "sam_start_steps",
     "sam_end_steps",
     "sam_ascent_micro_batches",

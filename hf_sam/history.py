@@ -69,15 +69,15 @@ class SAMHistory(TrainerCallback, ExportableState):
     def _warn(self, args, state):
         if unused := args.unused_sam_fields():
             logger.warning(
-                f"SAM is off: sam_rho is 0, so {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect. "
-                "Set sam_rho, e.g. sam_rho=0.05."
+                f"SAM is off: sam_rho and sam_loss_rise are 0, so {', '.join(unused)} "
+                f"{'has' if len(unused) == 1 else 'have'} no effect. Set sam_rho, e.g. sam_rho=0.05."
             )
-        elif args.sam_rho > 0:
+        elif args.uses_sam:
             window = SAMWindow.resolve(args, state.max_steps)
             if problem := window.describe_problem(args, state.max_steps):
                 logger.warning(problem)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.steps = state.global_step - getattr(args, "first_step", 0)
-        if args.sam_rho > 0 and state.is_world_process_zero:
+        if args.uses_sam and state.is_world_process_zero:
             print(self.summary())

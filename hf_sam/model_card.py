@@ -51,7 +51,7 @@ def used_settings(args: SAMArguments) -> dict:
     """The SAM and annealing fields of the features in use, without unset fields."""
     settings = {}
     for name in SAMArguments.__dataclass_fields__:
-        in_use = args.anneal_steps is not None if name.startswith("anneal_") else args.sam_rho > 0
+        in_use = args.anneal_steps is not None if name.startswith("anneal_") else args.uses_sam
         if in_use and getattr(args, name) is not None:
             settings[name] = getattr(args, name)
     return settings
@@ -66,7 +66,7 @@ def _section(args: SAMArguments, settings: dict, log_history: list[dict], histor
         [_ANNEALING, "", "The learning rate was constant and then decayed in a short final phase."],
         [_PAPER],
     )
-    if args.sam_rho > 0:
+    if args.uses_sam:
         lines = [_SAM, "", _what_happened(history)]
         papers.append(_SAM_PAPER)
     lines += ["", "| setting | value |", "| --- | --- |"]

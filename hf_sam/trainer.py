@@ -93,7 +93,7 @@ class SAMMixin:
         sam = [value for value in given if isinstance(value, SAMArguments)]
         if given and not sam:
             self._check_arguments(given[0])
-        if any(value.sam_rho > 0 for value in sam):
+        if any(value.uses_sam for value in sam):
             self._check_on_policy()
         super().__init__(*args, **kwargs)
         if not given and not isinstance(self.args, SAMArguments) and self._takes_arguments():
@@ -105,7 +105,7 @@ class SAMMixin:
             )
         self._check_arguments(self.args)
         self.args.claim_for_sam()
-        if self.args.sam_rho > 0:
+        if self.args.uses_sam:
             keep_adapters_in_fp32(self.model)
         self.add_callback(SAMHistory())
         self._sam: SAMStep | None = None
@@ -146,7 +146,8 @@ class SAMMixin:
 
         try:
             sam = self._sam_for(model)
-            sam.rho, sam.step, sam.optimizers = self.args.sam_rho, self.state.global_step, [self.optimizer]
+            sam.loss_rise, sam.rho = self.args.sam_loss_rise, self.args.largest_radius
+            sam.step, sam.optimizers = self.state.global_step, [self.optimizer]
             acted = sam.acted
             loss = sam(forward_backward, inputs)
         except BaseException:
@@ -188,7 +189,7 @@ class SAMMixin:
 
     def _sam_acts(self) -> bool:
         # Without an optimizer nothing is trained; the caller wants loss and gradient at w.
-        if self.args.sam_rho <= 0 or self.optimizer is None:
+        if not self.args.uses_sam or self.optimizer is None:
             return False
         return self.state.global_step in SAMWindow.resolve(self.args, self.state.max_steps)
 
@@ -201,7 +202,8 @@ class SAMMixin:
             self._sam = SAMStep(
                 self.accelerator,
                 model,
-                self.args.sam_rho,
+                self.args.largest_radius,
+                loss_rise=self.args.sam_loss_rise,
                 optimizer=self.optimizer,
                 variant=self.args.sam_variant,
                 ascent_micro_batches=self.args.sam_ascent_micro_batches,
@@ -258,7 +260,7 @@ class SAMMixin:
         if "loss" in logs:
             sam_logs = self._sam.pop_metrics() if self._sam is not None else {}
             self.sam_history.skipped += sam_logs.get("sam/skipped", 0)
-            if self.args.sam_rho > 0 and not self._sam_reached:
+            if self.args.uses_sam and not self._sam_reached:
                 self._warn_once(
                     "never reached",
                     f"SAM did not act: the `training_step` of {type(self).__name__} does not call that of SAMMixin. "
@@ -283,7 +285,7 @@ class SAMMixin:
     def _check_sam(self):
         if self.args.anneal_steps is not None:
             self._check_annealing()
-        if self.args.sam_rho <= 0:
+        if not self.args.uses_sam:
             return
         check_supported(self.accelerator, self.args.sam_ascent_sync)
         optim = OptimizerNames(self.args.optim)

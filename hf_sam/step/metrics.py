@@ -26,6 +26,7 @@ class SAMMetrics:
     - `sam/perturbed_loss`: training loss at w + e, in nats.
     - `sam/sharpness`: `sam/perturbed_loss` minus the loss at w on the same micro-batches, in nats.
     - `sam/ascent_grad_norm`: the norm that the variant divides by (SAM: norm of the ascent gradient).
+    - `sam/radius`: radius of the perturbation; only with `loss_rise`, where it differs from step to step.
     - `sam/perturbation_kept`: fraction <dw, e> / ||e||^2 of the perturbation that is left after the weights were
       rounded to their dtype; last measured value (every 16th SAM step).
     - `sam/skipped`: number of steps with a non-finite ascent gradient.
@@ -35,7 +36,7 @@ class SAMMetrics:
         low_precision (`bool`, defaults to `False`): whether the weights themselves are in 16 bits, without autocast.
     """
 
-    _NAMES = ("perturbed_loss", "sharpness", "ascent_grad_norm")
+    _NAMES = ("perturbed_loss", "sharpness", "ascent_grad_norm", "radius")
 
     def __init__(self, accelerator, low_precision: bool = False):
         self._accelerator = accelerator
@@ -50,6 +51,7 @@ class SAMMetrics:
         self._sums: torch.Tensor | None = None
         self._steps = 0
         self._rho = 0.0
+        self._loss_rise = 0.0
 
     @property
     def measures_kept(self) -> bool:
@@ -60,9 +62,9 @@ class SAMMetrics:
         self,
         clean_loss: torch.Tensor,
         perturbed_loss: torch.Tensor,
-        norm: torch.Tensor,
         perturbation: Perturbation,
         rho: float,
+        loss_rise: float = 0.0,
         *,
         uneven_inputs: bool = False,
     ) -> None:
@@ -71,15 +73,16 @@ class SAMMetrics:
         Args:
             clean_loss (`torch.Tensor`): loss at w over the ascent micro-batches of this rank, shape `()`.
             perturbed_loss (`torch.Tensor`): loss at w + e over the same micro-batches, shape `()`.
-            norm (`torch.Tensor`): norm of the ascent gradient, without loss scale, shape `()`.
             perturbation ([`~hf_sam.step.perturbation.Perturbation`]): result of the backend.
-            rho (`float`): radius of the perturbation.
+            rho (`float`): radius of the perturbation, or the largest one.
+            loss_rise (`float`, defaults to 0): what determines the radius, if not 0.
             uneven_inputs (`bool`, defaults to `False`): whether other ranks may have run out of data. The means are
                 then those of this rank.
         """
         finite = perturbation.finite
         device = self._accelerator.device
-        values = torch.stack([t.float().to(device) for t in (perturbed_loss, perturbed_loss - clean_loss, norm)])
+        means = (perturbed_loss, perturbed_loss - clean_loss, perturbation.norm, perturbation.radius)
+        values = torch.stack([value.float().to(device) for value in means])
         # A skipped step has no perturbed loss. The last entry counts the steps that are not skipped.
         values = torch.where(finite.to(device), values, torch.zeros_like(values))
         values = torch.cat([values, values.new_full((1,), rho), finite.to(device, torch.float32).reshape(1)])
@@ -95,6 +98,7 @@ class SAMMetrics:
         self._steps += 1
         self._taken += 1
         self._rho += rho
+        self._loss_rise = loss_rise
 
     def pop(self) -> dict[str, float]:
         """Return the means since the last call and reset them; empty if SAM did not act.
@@ -110,7 +114,8 @@ class SAMMetrics:
             kept = self._kept.item() if self._kept is not None else float("nan")
             if kept == kept:  # NaN if the measured step was skipped
                 logs["sam/perturbation_kept"] = kept
-            self._warn(logs, self._rho / self._steps)
+            radius = logs["sam/radius"] if self._loss_rise else logs.pop("sam/radius")
+            self._warn(logs, radius)
         if abs(rho - self._rho) > 1e-5 * max(rho, self._rho):
             self._warn_once(
                 "ranks",
@@ -129,7 +134,7 @@ class SAMMetrics:
                 "kept",
                 f"Only a fraction of {kept:.2f} of the SAM perturbation (expected: 1) is left in the stored weights; "
                 "the rest is lost in rounding. Load the model in float32 and train with bf16=True or fp16=True, or "
-                "raise sam_rho.",
+                "raise the radius.",
             )
         perturbed, sharpness = logs["sam/perturbed_loss"], logs["sam/sharpness"]
         clean = perturbed - sharpness
@@ -149,10 +154,13 @@ class SAMMetrics:
         if exploded and clean < float("inf"):
             self._warn_once(
                 "exploded",
-                f"sam_rho={rho:g} is too large: the loss is {perturbed:.4g} at the perturbed weights, but {clean:.4g} "
-                "at the unperturbed weights, so the gradient at the perturbed weights is of little use. Lower sam_rho, "
-                "e.g. tenfold, until sam/sharpness is a few percent of the loss.",
+                f"{self._setting(rho)} is too large: the loss is {perturbed:.4g} at the perturbed weights, but "
+                f"{clean:.4g} at the unperturbed weights, so the gradient at the perturbed weights is of little use. "
+                "Lower it, e.g. tenfold, until sam/sharpness is a few percent of the loss.",
             )
+
+    def _setting(self, rho: float) -> str:
+        return f"sam_loss_rise={self._loss_rise:g}" if self._loss_rise else f"sam_rho={rho:g}"
 
     def _spacing(self) -> float:
         # Losses may be computed or returned in 16 bits.

@@ -49,6 +49,7 @@ class Perturbation:
 
     Attributes:
         norm (`torch.Tensor`): ||n|| (SAM: ||g||) over all shards, fp32, shape `()`.
+        radius (`torch.Tensor`): radius of the perturbation, fp32, shape `()`.
         finite (`torch.Tensor`): bool, shape `()`; False if the ascent gradient has inf or NaN on any rank. The weights
             are then not perturbed.
         moved (`torch.Tensor` or `None`): <dw, e> and ||e||^2 of the weights on this rank, where dw is the change of the
@@ -56,6 +57,7 @@ class Perturbation:
     """
 
     norm: torch.Tensor
+    radius: torch.Tensor
     finite: torch.Tensor
     moved: torch.Tensor | None
 
@@ -71,9 +73,24 @@ def squared_norms(fragments: list[Fragment], variant: Variant) -> list[torch.Ten
     return [_sum([variant.squared_norm(piece) for piece in fragment.pieces()]) for fragment in fragments]
 
 
-def ascent_scale(rho: float, norm: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
-    """rho / ||n||, or 0 where the gradient is not finite; shape `()`."""
-    return torch.where(finite, rho / (norm + NORM_EPSILON), torch.zeros_like(norm))
+def radius_of(rho: float, loss_rise: float, norm: torch.Tensor) -> torch.Tensor:
+    """Radius of a step: rho, or min(loss_rise / ||n||, rho) if `loss_rise` is not 0 (arXiv 2605.10183, eq. 8).
+
+    To first order, the loss rises by <g, e> = radius * ||n||.
+
+    Args:
+        rho (`float`): radius, or with `loss_rise` the largest radius (may be infinite).
+        loss_rise (`float`): first-order rise of the loss, in nats; 0 for a fixed radius.
+        norm (`torch.Tensor`): ||n|| of the gradient of the mean loss of the step, shape `()`.
+    """
+    if not loss_rise:
+        return torch.full_like(norm, rho)
+    return (loss_rise / (norm + NORM_EPSILON)).clamp(max=rho)
+
+
+def ascent_scale(radius: torch.Tensor, norm: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    """radius / ||n||, or 0 where the gradient is not finite; shape `()`."""
+    return torch.where(finite, radius / (norm + NORM_EPSILON), torch.zeros_like(norm))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Plain reference implementation of the SAM step: one process, fp32. The tests compare every backend with it.
 
-Follows Foret et al. (arXiv 2010.01412, algorithm 1) and Kwon et al. (arXiv 2102.11600, algorithm 1). It is slow and
-keeps every intermediate value; use [`~hf_sam.SAMTrainer`] for training.
+Follows Foret et al. (arXiv 2010.01412, algorithm 1), Kwon et al. (arXiv 2102.11600, algorithm 1) and, for `loss_rise`,
+Wang et al. (arXiv 2605.10183). It is slow and keeps every intermediate value; use [`~hf_sam.SAMTrainer`] for training.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,6 +57,7 @@ def sam_step(
     variant: str = "sam",
     ascent_micro_batches: int | None = None,
     perturbed_names: set[str] | None = None,
+    loss_rise: float = 0.0,
 ) -> ReferenceStep:
     """Compute the gradient at w + e into `.grad` of the trainable parameters of `model`; their values stay w.
 
@@ -64,10 +65,12 @@ def sam_step(
         model (`torch.nn.Module`): model whose trainable parameters are w.
         micro_batches (`Sequence`): micro-batches of one optimizer step.
         loss_of (`Callable`): loss of a micro-batch, shape `()`; the loss of the step is the sum over its micro-batches.
-        rho (`float`): radius of the perturbation.
+        rho (`float`): radius of the perturbation; with `loss_rise` the largest radius.
         variant (`str`, defaults to `"sam"`): name of the perturbation in `PERTURBATIONS`.
         ascent_micro_batches (`int`, *optional*): number of micro-batches that g is computed from; all when omitted.
         perturbed_names (`set[str]`, *optional*): names of the parameters to perturb; all trainable ones when omitted.
+        loss_rise (`float`, defaults to 0): if not 0, the radius is `loss_rise` / ||g||, g the gradient of the loss of
+            the step (estimated by N/k times that of the k micro-batches of the ascent pass).
     """
 
     def forward_backward(batch) -> float:
@@ -76,7 +79,9 @@ def sam_step(
         return loss.item()
 
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    return sam_gradient(trainable, micro_batches, forward_backward, rho, variant, ascent_micro_batches, perturbed_names)
+    return sam_gradient(
+        trainable, micro_batches, forward_backward, rho, variant, ascent_micro_batches, perturbed_names, loss_rise
+    )
 
 
 def sam_gradient(
@@ -87,13 +92,14 @@ def sam_gradient(
     variant: str = "sam",
     ascent_micro_batches: int | None = None,
     perturbed_names: set[str] | None = None,
+    loss_rise: float = 0.0,
 ) -> ReferenceStep:
     """[`sam_step`] for a loop with its own backward pass.
 
     Args:
         trainable (`dict[str, torch.Tensor]`): w by name.
         forward_backward (`Callable`): adds the gradient of a micro-batch to `.grad` and returns its loss.
-        micro_batches, rho, variant, ascent_micro_batches, perturbed_names: see [`sam_step`].
+        micro_batches, rho, variant, ascent_micro_batches, perturbed_names, loss_rise: see [`sam_step`].
     """
     w = {name: param.detach().clone() for name, param in trainable.items()}
     k = len(micro_batches) if ascent_micro_batches is None else ascent_micro_batches
@@ -110,7 +116,9 @@ def sam_gradient(
     g = {name: trainable[name].grad.clone() for name in perturbed_names if trainable[name].grad is not None}
 
     # Descent pass: grad L(w + e) into `.grad`.
-    e, norm = PERTURBATIONS[variant](w, g, rho)
+    _, norm = PERTURBATIONS[variant](w, g, 1.0)
+    radius = min(loss_rise / (norm.item() * len(micro_batches) / k), rho) if loss_rise else rho
+    e, norm = PERTURBATIONS[variant](w, g, radius)
     with torch.no_grad():
         for name in e:
             trainable[name].copy_(w[name] + e[name])

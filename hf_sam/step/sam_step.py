@@ -58,6 +58,9 @@ class SAMStep:
             `accelerator.accumulate` sets, marks the last call of a step. Without accumulation, every call is the last.
         model (`torch.nn.Module`): the model that the loop calls, after `accelerator.prepare`.
         rho (`float`): radius of the perturbation (arXiv 2010.01412, eq. 2). May be changed between steps.
+        loss_rise (`float`, *optional*, defaults to 0): if not 0, the radius of each step is `loss_rise` / ||g||, so
+            that the loss rises by `loss_rise` nats to first order, but at most `rho`, which may be infinite
+            (arXiv 2605.10183). May be changed between steps.
         optimizer (`torch.optim.Optimizer` or a list of them, *optional*): the optimizers that step after the two
             passes. SAM perturbs the parameters that they train, including those outside of `model` (e.g. in a loss
             module), and no others. When omitted, the prepared optimizers that train parameters of `model`.
@@ -95,6 +98,7 @@ class SAMStep:
         model: torch.nn.Module,
         rho: float,
         *,
+        loss_rise: float = 0.0,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         variant: str = DEFAULT,
         ascent_micro_batches: float | None = None,
@@ -109,6 +113,7 @@ class SAMStep:
         check_count("ascent_micro_batches", ascent_micro_batches, zero_allowed=False)
         if ascent_sync not in ("global", "local"):
             raise ValueError(f"ascent_sync={ascent_sync!r} must be 'global' or 'local'.")
+        self.loss_rise = loss_rise
         self.rho = rho
         self.step = 0
         self.acted = 0
@@ -141,8 +146,8 @@ class SAMStep:
     def rho(self, value: float):
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"rho is the radius of the perturbation, a number, but got {describe(value)}.")
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"rho={value} must be a finite number, 0 or larger.")
+        if not (0 <= value < float("inf") or (value > 0 and self.loss_rise)):
+            raise ValueError(f"rho={value} must be a finite number, 0 or larger; with loss_rise it may be infinite.")
         self._rho = value
 
     def reset(self) -> None:
@@ -245,10 +250,9 @@ class SAMStep:
         try:
             with self._rollback_on_error():
                 with self.backend.descent_pass():
-                    perturbation = self.backend.perturb(self.rho, step=self.step)
+                    perturbation = self._perturb(1 / self.backend.loss_scale(self._scalers))
                     start.restore(end=False)
-                    scale = self.backend.loss_scale(self._scalers)
-                    yield dataclasses.replace(perturbation, norm=perturbation.norm / scale)
+                    yield perturbation
                 self.backend.restore()
         finally:
             end.restore()
@@ -339,7 +343,9 @@ class SAMStep:
 
         try:
             with backend.descent_pass(), disable_method(self._accelerator, "log"):
-                perturbation = backend.perturb(self.rho, step=self.step, measure=self._metrics.measures_kept)
+                # With k of N micro-batches in the ascent pass, scale to all N.
+                scale = len(window) / k
+                perturbation = self._perturb(scale / backend.loss_scale(scalers), measure=self._metrics.measures_kept)
                 perturbed_losses = self._descend(window, states, end_of_ascent)
         except BaseException:
             end_of_ascent.restore()
@@ -349,13 +355,15 @@ class SAMStep:
         backend.restore()
         loop_state.end_step()
 
-        # With k of N micro-batches in the ascent pass, scale to all N.
-        scale = len(window) / k
         clean, perturbed = sum(losses) * scale, sum(perturbed_losses) * scale
-        norm = perturbation.norm * (scale / backend.loss_scale(scalers))
         uneven = backend.has_uneven_inputs()
-        self._metrics.update(clean, perturbed, norm, perturbation, self.rho, uneven_inputs=uneven)
+        self._metrics.update(clean, perturbed, perturbation, self.rho, self.loss_rise, uneven_inputs=uneven)
         return clean
+
+    def _perturb(self, gradient_scale: torch.Tensor | float, measure: bool = False) -> Perturbation:
+        return self.backend.perturb(
+            self.rho, loss_rise=self.loss_rise, gradient_scale=gradient_scale, step=self.step, measure=measure
+        )
 
     def _descend(self, window, states, end_of_ascent) -> list[torch.Tensor]:
         """Run the descent pass; returns the losses at w + e of the micro-batches of the ascent pass."""

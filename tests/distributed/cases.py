@@ -54,6 +54,8 @@ CASES = (
         for name, accumulation in ((variant, 1), (f"{variant}_accumulation", 2))
     ),
     Case("first_of_three", accumulation=3, sam={"sam_rho": 0.05, "sam_ascent_micro_batches": 1}),
+    # Some steps are limited by the rise of the loss, some by the radius.
+    Case("loss_rise", accumulation=2, sam={"sam_rho": 0.05, "sam_loss_rise": 0.03, "sam_ascent_micro_batches": 1}),
     Case("targeted", sam=TARGETED),
     Case("lora", accumulation=2, model="lora"),
     Case("branches", model="branches"),

@@ -41,6 +41,7 @@ def trajectory(case: Case, replicas: int = 1) -> dict:
                     variant=case.sam.get("sam_variant", "sam"),
                     ascent_micro_batches=case.sam.get("sam_ascent_micro_batches"),
                     perturbed_names=names,
+                    loss_rise=case.sam.get("sam_loss_rise", 0.0),
                 )
             )
             gradients.append({name: param.grad for name, param in trainable.items() if param.grad is not None})

@@ -174,11 +174,23 @@ class Backend(abc.ABC):
         return False
 
     @torch.no_grad()
-    def perturb(self, rho: float, *, step: int = 0, measure: bool = False) -> Perturbation:
+    def perturb(
+        self,
+        rho: float,
+        *,
+        loss_rise: float = 0.0,
+        gradient_scale: torch.Tensor | float = 1.0,
+        step: int = 0,
+        measure: bool = False,
+    ) -> Perturbation:
         """Perturb the weights from w to w + e with the accumulated gradients, then clear the gradients.
 
         Args:
-            rho (`float`): radius of the perturbation.
+            rho (`float`): radius of the perturbation; with `loss_rise` the largest radius.
+            loss_rise (`float`, defaults to 0): first-order rise of the loss that determines the radius, in nats; 0 for
+                the radius `rho`.
+            gradient_scale (`torch.Tensor` or `float`, defaults to 1): factor that makes the accumulated gradient that
+                of the mean loss of the step.
             step (`int`, defaults to 0): optimizer step; part of the seed of stochastic rounding.
             measure (`bool`, defaults to `False`): whether to measure how much of e is left in the stored weights.
 
@@ -188,11 +200,12 @@ class Backend(abc.ABC):
         fragments = self._fragments()
         norm = self._sum_over_ranks(fragments, perturbation.squared_norms(fragments, self.variant)).sqrt()
         finite = self._finite_on_all_ranks(torch.isfinite(norm))
+        radius = perturbation.radius_of(rho, loss_rise, norm * gradient_scale)
         fragments = self._save_weights(fragments)
         moved = perturbation.apply(
             fragments,
             self.variant,
-            perturbation.ascent_scale(rho, norm, finite),
+            perturbation.ascent_scale(radius, norm, finite),
             finite,
             self._noise(step),
             measure,
@@ -200,7 +213,7 @@ class Backend(abc.ABC):
         self._publish()
         self.weight_caches.clear()
         self.clear_gradients()
-        return Perturbation(norm=norm, finite=finite, moved=moved)
+        return Perturbation(norm=norm * gradient_scale, radius=radius, finite=finite, moved=moved)
 
     def restore(self, after_error: bool = False) -> None:
         """Restore the unperturbed weights bitwise; does nothing if they are not perturbed.
