@@ -20,6 +20,12 @@ def shard_like(whole: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
 
 
+def flat_offset(param: DTensor) -> int:
+    """Position of the first element of this rank's shard in the flat parameter, for shards of whole rows."""
+    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return sum(start * stride for start, stride in zip(offset, param.stride(), strict=True))
+
+
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether FSDP2 shards any of the weights."""
     return any(isinstance(param, DTensor) for param in model.parameters())

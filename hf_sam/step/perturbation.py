@@ -6,10 +6,11 @@ as pairs of real weights. Nothing here waits for the device: a non-finite gradie
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from .noise import uniform_noise
 from .rounding import chunks, is_low_precision, stochastic_round
 from .variants import Piece, Variant
 
@@ -25,22 +26,54 @@ class Fragment:
         name (`str`): name of the parameter.
         weight (`torch.Tensor`): storage that the forward pass reads or gathers from; perturbed in place.
         master (`torch.Tensor`): holds w exactly while `weight` is perturbed; shape of `weight`.
-        grad (`torch.Tensor`): ascent gradient, shape of `weight`; overwritten.
+        grad (`torch.Tensor` or `None`): ascent gradient, shape of `weight`; overwritten. `None` without ascent pass.
         place (`str`): identifies the piece within the parameter; the same for all replicas of the piece.
         pairs (`bool`): whether the last dimension holds real and imaginary parts (`torch.view_as_real`).
+        first (`int`): position of the first element in the flat parameter.
+        moments (`dict[str, torch.Tensor]`): moments of the optimizer that the variant needs, shape of `weight`.
     """
 
     name: str
     weight: torch.Tensor
     master: torch.Tensor
-    grad: torch.Tensor
+    grad: torch.Tensor | None
     place: str = ""
     pairs: bool = False
+    first: int = 0
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def pieces(self) -> Iterator[Piece]:
+    @property
+    def device(self) -> torch.device:
+        """Where its perturbation is computed."""
+        return self.weight.device if self.grad is None else self.grad.device
+
+    @property
+    def is_plain_fp32(self) -> bool:
+        """Whether all its tensors are fp32 and on one device."""
+        tensors = [self.weight, self.master, *self.moments.values(), *([] if self.grad is None else [self.grad])]
+        return all(t.dtype == torch.float32 and t.device == self.device for t in tensors)
+
+    def whole(self, key: str) -> Piece:
+        """The fragment as one piece; `key` seeds its random numbers."""
+        return self._piece(self.weight, self.master, self.grad, tuple(self.moments.values()), key, self.first)
+
+    def pieces(self, key: str) -> Iterator[Piece]:
         """Split the fragment into pieces that are small enough for fp32 copies."""
-        for master, grad in chunks(self.master, self.grad):
-            yield Piece(self.name, master, grad, self.pairs)
+        tensors = [self.weight, self.master, *self.moments.values(), *([] if self.grad is None else [self.grad])]
+        first, count = self.first, 2 + len(self.moments)
+        for weight, master, *rest in chunks(*tensors):
+            yield self._piece(weight, master, *(rest[count - 2 :] or [None]), tuple(rest[: count - 2]), key, first)
+            first += master.numel()
+
+    def _piece(self, weight, master, grad, moments, key, first) -> Piece:
+        if grad is None:
+            grad = torch.empty_like(weight, dtype=torch.promote_types(torch.float32, weight.dtype))
+
+        def noise():
+            return uniform_noise(f"{key} {self.name}", first, master.numel(), grad.device)
+
+        named = dict(zip(self.moments, moments, strict=True))
+        return Piece(self.name, master, grad, self.pairs, named, noise, stored=weight)
 
 
 @dataclass(frozen=True)
@@ -68,9 +101,9 @@ class Perturbation:
 
 
 @torch.no_grad()
-def squared_norms(fragments: list[Fragment], variant: Variant) -> list[torch.Tensor]:
-    """||n||^2 of each fragment, at least fp32, each of shape `()`."""
-    return [_sum([variant.squared_norm(piece) for piece in fragment.pieces()]) for fragment in fragments]
+def squared_norms(fragments: list[Fragment], variant: Variant, key: str = "") -> list[torch.Tensor]:
+    """||n||^2 of each fragment, at least fp32, each of shape `()`; `key` seeds random numbers of the variant."""
+    return [_sum([variant.squared_norm(piece) for piece in fragment.pieces(key)]) for fragment in fragments]
 
 
 def radius_of(rho: float, loss_rise: float, norm: torch.Tensor) -> torch.Tensor:
@@ -101,6 +134,7 @@ def apply(
     finite: torch.Tensor,
     noise: Callable[[Fragment], torch.Generator] | None = None,
     measure: bool = False,
+    key: str = "",
 ) -> torch.Tensor | None:
     """Write w + e into the weights of all fragments, e = scale * d.
 
@@ -112,35 +146,34 @@ def apply(
         noise (`Callable`, *optional*): returns the random generator for the stochastic rounding of a fragment; not
             needed for fp32 and fp64 weights.
         measure (`bool`, defaults to `False`): whether to measure how much of e is left in the stored weights.
+        key (`str`, defaults to `""`): seeds random numbers of the variant.
 
     Returns:
         `torch.Tensor` or `None`: see [`Perturbation`]: `moved`; `None` without `measure`.
     """
-    _perturb_fp32([fragment for fragment in fragments if _is_plain_fp32(fragment)], variant, scale, finite)
+    plain = [fragment for fragment in fragments if fragment.is_plain_fp32]
+    ascents = _perturb_fp32(plain, variant, scale, finite, key)
     moved = []
-    for fragment in fragments:
-        if not _is_plain_fp32(fragment):
-            moved.append(_perturb_mixed(fragment, variant, scale, finite, noise, measure))
-        elif measure:
-            pieces = chunks(fragment.weight, fragment.master, fragment.grad)
+    if measure:
+        for fragment, ascent in zip(plain, ascents, strict=True):
+            pieces = chunks(fragment.weight, fragment.master, ascent)
             moved.append(_sum_pairs(_projection(*piece) for piece in pieces))
+    for fragment in fragments:
+        if not fragment.is_plain_fp32:
+            moved.append(_perturb_mixed(fragment, variant, scale, finite, noise, measure, key))
     return _sum_on(scale.device, moved) if measure else None
 
 
-def _is_plain_fp32(fragment: Fragment) -> bool:
-    tensors = (fragment.weight, fragment.master, fragment.grad)
-    return all(t.dtype == torch.float32 and t.device == fragment.weight.device for t in tensors)
-
-
-def _perturb_fp32(fragments, variant, scale, finite):
-    """Perturb all-fp32 fragments with a few fused kernels and no scratch memory: e overwrites the gradients."""
-    for device in {fragment.weight.device for fragment in fragments}:
-        here = [fragment for fragment in fragments if fragment.weight.device == device]
-        pieces = [Piece(fragment.name, fragment.master, fragment.grad, fragment.pairs) for fragment in here]
-        variant.to_direction(pieces)
-        ascent = [piece.gradient for piece in pieces]
+def _perturb_fp32(fragments, variant, scale, finite, key) -> list[torch.Tensor]:
+    """Perturb all-fp32 fragments with a few fused kernels; e overwrites the gradients. Returns e of each fragment."""
+    pieces = [fragment.whole(key) for fragment in fragments]
+    for device in {fragment.device for fragment in fragments}:
+        here = [piece for piece in pieces if piece.stored.device == device]
+        variant.to_direction(here)
+        ascent = [piece.gradient for piece in here]
         _scale(ascent, scale.to(device), ~finite.to(device))
-        torch._foreach_add_([fragment.weight for fragment in here], ascent)
+        torch._foreach_add_([piece.stored for piece in here], ascent)
+    return [piece.gradient for piece in pieces]
 
 
 def _scale(ascent: list[torch.Tensor], scale: torch.Tensor, blocked: torch.Tensor) -> None:
@@ -150,26 +183,25 @@ def _scale(ascent: list[torch.Tensor], scale: torch.Tensor, blocked: torch.Tenso
         tensor.masked_fill_(blocked, 0.0)
 
 
-def _perturb_mixed(fragment, variant, scale, finite, noise, measure):
+def _perturb_mixed(fragment, variant, scale, finite, noise, measure, key):
     """Perturb a fragment with 16-bit or offloaded tensors in fp32 chunks, on the device of the gradient."""
     moved = []
     # With an fp32 master, the low bits of w act as dither when w + e is cast. A 16-bit master has no such bits, and
     # rounding to nearest would remove e.
     dither = is_low_precision(fragment.master.dtype)
-    device = fragment.grad.device
+    device = fragment.device
     scale, blocked = scale.to(device), ~finite.to(device)
     generator = noise(fragment) if dither else None
-    for weight, master, grad in chunks(fragment.weight, fragment.master, fragment.grad):
-        piece = Piece(fragment.name, master, grad, fragment.pairs)
+    for piece in fragment.pieces(key):
         variant.to_direction([piece])
-        ascent = piece.gradient
+        weight, ascent = piece.stored, piece.gradient
         _scale([ascent], scale, blocked)
         target = piece.weight + ascent
         # Round before the transfer: with offloaded masters, this halves the bytes.
         rounded = stochastic_round(target, weight.dtype, generator) if dither else target.to(weight.dtype)
         weight.copy_(rounded)
         if measure:
-            moved.append(_projection(weight, master.to(weight.dtype), ascent))
+            moved.append(_projection(weight, piece.master.to(weight.dtype), ascent))
     return _sum_pairs(moved) if measure else None
 
 

@@ -1,13 +1,12 @@
-"""The two passes of one optimizer step, for any training loop.
+"""The passes of one optimizer step, for any training loop.
 
 The loop calls [`SAMStep`] once for each of the N micro-batches of an optimizer step. All calls but the last only store
-the micro-batch. The last call runs the ascent pass over the first k micro-batches, perturbs the weights, runs the
-descent pass over all N micro-batches, and restores the weights. So between calls the loop never sees perturbed weights
-or ascent gradients, and an unfinished step costs nothing.
+the micro-batch. The last call runs the ascent pass over the first k micro-batches (if the variant has one), perturbs
+the weights, runs the descent pass over all N micro-batches, and restores the weights. So between calls the loop never
+sees perturbed weights or ascent gradients, and an unfinished step costs nothing.
 """
 
 import contextlib
-import dataclasses
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,15 +18,10 @@ from .backends import Backend, select_backend
 from .counts import ascent_count, check_count
 from .loss_scale import record_scalers
 from .metrics import SAMMetrics
+from .passes import MicroBatch, Passes
 from .perturbation import Perturbation
 from .replay import CapturedState, KeptInputs, LoopState, disable_method
 from .variants import DEFAULT, get_variant
-
-
-@dataclasses.dataclass
-class _MicroBatch:
-    forward_backward: Callable[[Any], torch.Tensor]
-    inputs: KeptInputs
 
 
 class SAMStep:
@@ -130,11 +124,13 @@ class SAMStep:
             exclude=exclude_modules,
             outside_parameters=self._trained_outside,
             outside_modules=lambda: self._loop_state.outside_modules(),
+            optimizers=self._known_optimizers,
             seed=seed,
         )
         self._loop_state.bind(self.backend)
         self._metrics = SAMMetrics(accelerator, self.backend.has_low_precision_weights())
-        self._perturbed_context = perturbed_context or (lambda replayed: contextlib.nullcontext())
+        without_context = lambda replayed: contextlib.nullcontext()  # noqa: E731
+        self._passes = Passes(accelerator, self.backend, self._loop_state, perturbed_context or without_context)
         self.reset()
 
     @property
@@ -157,7 +153,7 @@ class SAMStep:
         a callback), the stored micro-batches become part of the next step, as accumulated gradients do in plain
         training.
         """
-        self._window: list[_MicroBatch] = []
+        self._window: list[MicroBatch] = []
         self._start: CapturedState | None = None
         self._metrics.reset()
 
@@ -187,7 +183,7 @@ class SAMStep:
         if self.rho == 0 and not self._window:
             self.step += last
             return forward_backward(inputs)
-        self._window.append(_MicroBatch(forward_backward, KeptInputs(inputs)))
+        self._window.append(MicroBatch(forward_backward, KeptInputs(inputs)))
         if not last:
             return torch.zeros((), device=self._accelerator.device)
         window, self._window = self._window, []
@@ -219,6 +215,11 @@ class SAMStep:
                 before the step.
         """
         self._check_synchronizing()
+        if self.backend.variant.passes == 1:
+            raise RuntimeError(
+                f"The variant {self.backend.variant.name!r} has no ascent pass: enclose the backward pass in "
+                "SAMStep.perturbed() only."
+            )
         with self._rollback_on_error():
             self._begin([])
             start = self._loop_state.capture()
@@ -241,6 +242,9 @@ class SAMStep:
             RuntimeError: without a preceding `ascent` context. (Under DeepSpeed, a backward pass outside of it would
                 already have stepped.)
         """
+        if self.backend.variant.passes == 1:
+            yield from self._perturbed_only()
+            return
         start, self._start = self._start, None
         if start is None:
             raise RuntimeError("SAMStep.perturbed() needs an ascent gradient: run a backward pass in ascent() before.")
@@ -256,6 +260,17 @@ class SAMStep:
                 self.backend.restore()
         finally:
             end.restore()
+        self.step += 1
+        self.acted += 1
+
+    def _perturbed_only(self) -> Iterator[Perturbation]:
+        self._check_synchronizing()
+        with self._rollback_on_error():
+            self._begin([])
+            with self.backend.descent_pass():
+                yield self._perturb()
+            self.backend.restore()
+        self._loop_state.end_step()
         self.step += 1
         self.acted += 1
 
@@ -295,12 +310,14 @@ class SAMStep:
                 self.backend.clear_gradients()
             raise
 
+    def _known_optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        return self._accelerator._optimizers if self.optimizers is None else self.optimizers
+
     def _trained_outside(self, backend: Backend) -> dict[str, torch.Tensor]:
         """Parameters outside of the model that the optimizers train, by name."""
         inside = {id(param) for param in backend.model.parameters()}
         trained: dict[int, torch.Tensor] = {}
-        optimizers = self._accelerator._optimizers if self.optimizers is None else self.optimizers
-        for optimizer in optimizers:
+        for optimizer in self._known_optimizers():
             params = {id(param): param for param in backend.parameters_of(optimizer)}
             # An optimizer that trains no parameter of the model belongs to another step, unless the user passed it.
             if self.optimizers is not None or inside & params.keys():
@@ -328,67 +345,41 @@ class SAMStep:
                 "SAM then perturbs exactly the parameters that they train."
             )
 
-    def _run(self, window: list[_MicroBatch], k: int) -> torch.Tensor:
-        backend, loop_state = self.backend, self._loop_state
+    def _run(self, window: list[MicroBatch], k: int) -> torch.Tensor:
         self._begin([micro_batch.forward_backward for micro_batch in window])
-        states, losses = [], []
-        with backend.ascent_pass(), record_scalers() as scalers:
-            for i, micro_batch in enumerate(window[:k]):
-                states.append(loop_state.capture())
-                inputs = micro_batch.inputs.for_ascent(last=i == len(window) - 1)
-                losses.append(self._compute(micro_batch, inputs, last=i == k - 1))
+        if self.backend.variant.passes == 1:
+            return self._run_one_pass(window)
+        ascent = self._passes.ascent(window, k)
         self._check_bystanders()
-        loop_state.end_ascent()
-        end_of_ascent = loop_state.capture()
-
+        # With k of N micro-batches in the ascent pass, losses and gradients are scaled to all N.
+        scale = len(window) / k
         try:
-            with backend.descent_pass(), disable_method(self._accelerator, "log"):
-                # With k of N micro-batches in the ascent pass, scale to all N.
-                scale = len(window) / k
-                perturbation = self._perturb(scale / backend.loss_scale(scalers), measure=self._metrics.measures_kept)
-                perturbed_losses = self._descend(window, states, end_of_ascent)
+            with self.backend.descent_pass(), disable_method(self._accelerator, "log"):
+                perturbation = self._perturb(
+                    scale / self.backend.loss_scale(ascent.scalers), measure=self._metrics.measures_kept
+                )
+                perturbed_losses = self._passes.descent(window, ascent)
         except BaseException:
-            end_of_ascent.restore()
+            ascent.end.restore()
             raise
         if k == len(window):
-            end_of_ascent.restore()
-        backend.restore()
-        loop_state.end_step()
-
-        clean, perturbed = sum(losses) * scale, sum(perturbed_losses) * scale
-        uneven = backend.has_uneven_inputs()
+            ascent.end.restore()
+        self.backend.restore()
+        self._loop_state.end_step()
+        clean, perturbed = sum(ascent.losses) * scale, sum(perturbed_losses) * scale
+        uneven = self.backend.has_uneven_inputs()
         self._metrics.update(clean, perturbed, perturbation, self.rho, self.loss_rise, uneven_inputs=uneven)
         return clean
 
-    def _perturb(self, gradient_scale: torch.Tensor | float, measure: bool = False) -> Perturbation:
+    def _run_one_pass(self, window: list[MicroBatch]) -> torch.Tensor:
+        with self.backend.descent_pass():
+            self._perturb()
+            losses = self._passes.single(window)
+        self.backend.restore()
+        self._loop_state.end_step()
+        return sum(losses)
+
+    def _perturb(self, gradient_scale: torch.Tensor | float = 1.0, measure: bool = False) -> Perturbation:
         return self.backend.perturb(
             self.rho, loss_rise=self.loss_rise, gradient_scale=gradient_scale, step=self.step, measure=measure
         )
-
-    def _descend(self, window, states, end_of_ascent) -> list[torch.Tensor]:
-        """Run the descent pass; returns the losses at w + e of the micro-batches of the ascent pass."""
-        losses = []
-        for i, micro_batch in enumerate(window):
-            last, replayed = i == len(window) - 1, i < len(states)
-            if replayed:
-                states[i].restore(end=False)
-                states[i] = None  # frees its copies
-            elif i == len(states):
-                end_of_ascent.restore()
-            with self._perturbed_context(replayed):
-                loss = self._compute(micro_batch, micro_batch.inputs.for_descent(), last)
-            if replayed:
-                losses.append(loss)
-        return losses
-
-    def _compute(self, micro_batch, inputs, last) -> torch.Tensor:
-        self._accelerator.gradient_state._set_sync_gradients(last)
-        with self.backend.micro_batch(last):
-            loss = micro_batch.forward_backward(inputs)
-        if not isinstance(loss, torch.Tensor) or loss.ndim > 0:
-            raise TypeError(
-                "The function passed to a SAMStep must return the contribution of its micro-batch to the loss, a "
-                f"tensor of shape (), but returned {describe(loss)}."
-            )
-        # Cloned, because a CUDA graph overwrites its output in its next run.
-        return loss.detach().clone()

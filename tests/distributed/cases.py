@@ -41,7 +41,7 @@ class Case:
 
 
 # Radii of variants whose rho is on another scale than that of SAM.
-RADII = {"asam": 0.5}
+RADII = {"asam": 0.5, "momentum": 0.5}
 TARGETED = {"sam_rho": 0.05, "sam_target_modules": [r"mlp", r"norm"], "sam_exclude_modules": [r"layers\.0\.mlp\.up"]}
 
 CASES = (
@@ -55,7 +55,7 @@ CASES = (
     ),
     Case("first_of_three", accumulation=3, sam={"sam_rho": 0.05, "sam_ascent_micro_batches": 1}),
     # Some steps are limited by the rise of the loss, some by the radius.
-    Case("loss_rise", accumulation=2, sam={"sam_rho": 0.05, "sam_loss_rise": 0.03, "sam_ascent_micro_batches": 1}),
+    Case("loss_rise", accumulation=2, sam={"sam_rho": 0.05, "sam_loss_rise": 0.03}),
     Case("targeted", sam=TARGETED),
     Case("lora", accumulation=2, model="lora"),
     Case("branches", model="branches"),

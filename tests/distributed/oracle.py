@@ -42,6 +42,7 @@ def trajectory(case: Case, replicas: int = 1) -> dict:
                     ascent_micro_batches=case.sam.get("sam_ascent_micro_batches"),
                     perturbed_names=names,
                     loss_rise=case.sam.get("sam_loss_rise", 0.0),
+                    moments=moments(optimizer, trainable),
                 )
             )
             gradients.append({name: param.grad for name, param in trainable.items() if param.grad is not None})
@@ -62,6 +63,15 @@ def trajectory(case: Case, replicas: int = 1) -> dict:
             }
         )
     return {"logs": logs, "weights": {name: value.detach().clone() for name, value in model.state_dict().items()}}
+
+
+def moments(optimizer, trainable) -> dict:
+    """The moments of an AdamW, which are zero before its first step."""
+    names = {"first": "exp_avg", "second": "exp_avg_sq"}
+    return {
+        kind: {name: optimizer.state[p].get(key, torch.zeros_like(p)) for name, p in trainable.items()}
+        for kind, key in names.items()
+    }
 
 
 def hand_loop(replicas: int) -> tuple[list[float], dict]:

@@ -115,9 +115,18 @@ def overflow(strategy: str, output_dir: Path) -> None:
 
 def resumed(strategy: str, output_dir: Path) -> None:
     """Save after two steps of four, with dropout; go on from there in a new trainer."""
+    _resume(strategy, output_dir, "resumed", {"sam_rho": 0.05})
+
+
+def resumed_momentum(strategy: str, output_dir: Path) -> None:
+    """The same with a perturbation that follows from the state of the optimizer."""
+    _resume(strategy, output_dir, "resumed_momentum", {"sam_rho": 0.5, "sam_variant": "momentum"})
+
+
+def _resume(strategy: str, output_dir: Path, name: str, sam: dict) -> None:
     from distributed import worker
 
-    case = Case("resumed", accumulation=2, dropout=0.1)
+    case = Case(name, accumulation=2, dropout=0.1, sam=sam)
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = worker.build_trainer(strategy, case, output_dir, **settings)
     recorder = _WeightsAfterSteps(worker, whole)
@@ -138,7 +147,7 @@ def resumed(strategy: str, output_dir: Path) -> None:
         results["at_save"] = recorder.weights[1]
         results["saved"] = _saved_weights(checkpoint)
         results["optimizer_keys"] = _optimizer_keys(checkpoint)
-    worker.save(whole, output_dir / "resumed.pt", **results)
+    worker.save(whole, output_dir / f"{name}.pt", **results)
     whole.accelerator.wait_for_everyone()
     if whole.is_world_process_zero():
         shutil.rmtree(whole.args.output_dir)
@@ -235,4 +244,4 @@ def hand_loop(strategy: str, output_dir: Path) -> None:
         )
 
 
-ALL = (interrupted, switched_off, overflow, resumed, one_rank_missing)
+ALL = (interrupted, switched_off, overflow, resumed, resumed_momentum, one_rank_missing)

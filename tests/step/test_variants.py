@@ -44,8 +44,14 @@ def test_each_variant_moves_the_weights_as_its_plain_version_says(name, dtype):
     model = model_with_gradients(dtype)
     w = {key: param.detach().clone() for key, param in model.named_parameters()}
     g = {key: param.grad.clone() for key, param in model.named_parameters()}
-    e, norm = PERTURBATIONS[name](w, g, RHO)
-    backend = select_backend(Accelerator(cpu=True), model, variant=get_variant(name))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    optimizer.step()
+    moments = {
+        kind: {key: optimizer.state[param][state].clone() for key, param in model.named_parameters()}
+        for kind, state in (("first", "exp_avg"), ("second", "exp_avg_sq"))
+    }
+    e, norm = PERTURBATIONS[name](w, g, RHO, moments)
+    backend = select_backend(Accelerator(cpu=True), model, variant=get_variant(name), optimizers=lambda: [optimizer])
     done = backend.perturb(RHO)
     assert done.norm.item() == pytest.approx(norm.item(), rel=1e-6)
     for key, param in model.named_parameters():
@@ -54,7 +60,9 @@ def test_each_variant_moves_the_weights_as_its_plain_version_says(name, dtype):
 
 
 def test_unknown_variants_are_refused_with_what_there_is(tmp_path):
-    with pytest.raises(ValueError, match=r"sam_variant='asm' must be one of 'sam', 'asam'. Did you mean a?sam\?"):
+    with pytest.raises(
+        ValueError, match=r"sam_variant='asm' must be one of 'sam', 'asam', 'momentum'. Did you mean a?sam\?"
+    ):
         SAMTrainingArguments(output_dir=str(tmp_path), sam_variant="asm")
     with pytest.raises(ValueError, match="variant='nothing' must be one of 'sam', 'asam'"):
         SAMStep(Accelerator(cpu=True), torch.nn.Linear(2, 2), 0.1, variant="nothing")
@@ -87,7 +95,7 @@ class SignSAM(Variant):
         self.turned = state["turned"]
 
 
-def sign(w, g, rho):
+def sign(w, g, rho, moments):
     norm = torch.sqrt(sum(value.sign().square().sum() for value in g.values()))
     return {name: rho * value.sign() / norm for name, value in g.items()}, norm
 
@@ -135,6 +143,6 @@ def test_the_state_of_a_variant_is_that_of_the_step(registered, monkeypatch):
 def test_registering_twice_under_one_name_or_with_other_passes_is_refused(registered):
     with pytest.raises(ValueError, match="already a variant 'sam'"):
         registered(type("Other", (SignSAM,), {"name": "sam"}))
-    with pytest.raises(ValueError, match="passes=1, but a step runs 2"):
-        registered(type("OnePass", (SignSAM,), {"name": "one", "passes": 1}))
+    with pytest.raises(ValueError, match="passes=3, but a step has 2"):
+        registered(type("ThreePasses", (SignSAM,), {"name": "three", "passes": 3}))
     registered(VARIANTS["sam"])  # the same class again is no conflict

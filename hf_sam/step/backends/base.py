@@ -46,7 +46,8 @@ class Backend(abc.ABC):
             of `model` that train together with it, by name.
         outside_modules (`Callable[[], list[torch.nn.Module]]`, *optional*): returns the modules outside of `model` that
             the training loop calls.
-        seed (`int`, defaults to 0): seed of the stochastic rounding of 16-bit weights.
+        optimizers (`Callable[[], Iterable]`, *optional*): returns the optimizers, for variants that use their moments.
+        seed (`int`, defaults to 0): seed of the stochastic rounding of 16-bit weights, and of random perturbations.
 
     Attributes:
         models (`list[torch.nn.Module]`): `model`, and the other models that own `outside_parameters`.
@@ -68,6 +69,7 @@ class Backend(abc.ABC):
         exclude: list[str] | None = None,
         outside_parameters: Callable[["Backend"], dict[str, torch.Tensor]] = lambda backend: {},
         outside_modules: Callable[[], list[torch.nn.Module]] = list,
+        optimizers: Callable[[], Iterable] = list,
         seed: int = 0,
     ):
         self.accelerator = accelerator
@@ -75,6 +77,7 @@ class Backend(abc.ABC):
         self.models = [model]
         self.variant = get_variant() if variant is None else variant
         self.ascent_sync = ascent_sync
+        self.optimizers = optimizers
         self.seed = seed
         self._target = target
         self._exclude = exclude
@@ -183,7 +186,7 @@ class Backend(abc.ABC):
         step: int = 0,
         measure: bool = False,
     ) -> Perturbation:
-        """Perturb the weights from w to w + e with the accumulated gradients, then clear the gradients.
+        """Perturb the weights from w to w + e, then clear the gradients.
 
         Args:
             rho (`float`): radius of the perturbation; with `loss_rise` the largest radius.
@@ -198,7 +201,8 @@ class Backend(abc.ABC):
             [`~hf_sam.step.perturbation.Perturbation`]: norm and checks, as tensors on the device.
         """
         fragments = self._fragments()
-        norm = self._sum_over_ranks(fragments, perturbation.squared_norms(fragments, self.variant)).sqrt()
+        key = f"hf-sam perturbation {self.seed} {step}"
+        norm = self._sum_over_ranks(fragments, perturbation.squared_norms(fragments, self.variant, key)).sqrt()
         finite = self._finite_on_all_ranks(torch.isfinite(norm))
         radius = perturbation.radius_of(rho, loss_rise, norm * gradient_scale)
         fragments = self._save_weights(fragments)
@@ -209,6 +213,7 @@ class Backend(abc.ABC):
             finite,
             self._noise(step),
             measure,
+            key,
         )
         self._publish()
         self.weight_caches.clear()
@@ -253,7 +258,11 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def _fragments(self) -> list[Fragment]:
-        """The selected weights on this rank that have a gradient; `master` may be the weight itself."""
+        """The selected weights on this rank that can be perturbed; `master` may be the weight itself.
+
+        With an ascent pass, these are the ones that have a gradient; for a variant that uses moments of the optimizer,
+        the ones that the optimizer has stepped.
+        """
 
     @abc.abstractmethod
     def _restore(self, after_error: bool) -> None:
@@ -285,7 +294,7 @@ class Backend(abc.ABC):
         generators: dict[torch.device, torch.Generator] = {}
 
         def noise(fragment: Fragment) -> torch.Generator:
-            device = fragment.grad.device
+            device = fragment.device
             if device not in generators:
                 generators[device] = torch.Generator(device=device)
             seed = seed_of(f"hf-sam stochastic rounding {self.seed} {step} {fragment.name} {fragment.place}")

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ...runtime.sharding import local_shard
+from ...runtime.sharding import flat_offset, local_shard
+from ..moments import moments_of
 from ..perturbation import Fragment
 from .base import Backend
 from .ddp import check_replicas, is_in_join_context, replayed_hook_states
@@ -89,20 +90,27 @@ class LocalBackend(Backend):
     def _fragments(self):
         fragments = []
         for name, param in self.selected.items():
-            if param.grad is None:
-                continue
-            grad, place = param.grad, ""
-            if isinstance(param, DTensor):
-                # Sequence parallelism leaves partial sums that must be reduced over the ranks.
-                grad = grad.redistribute(param.device_mesh, param.placements).to_local()
-                place = _place(param)
-            elif grad.is_sparse:
-                grad = grad.to_dense()
-            weight, pairs = local_shard(param), param.is_complex()
-            if pairs:
-                weight, grad = torch.view_as_real(weight), torch.view_as_real(grad.resolve_conj())
-            fragments.append(Fragment(name=name, weight=weight, master=weight, grad=grad, place=place, pairs=pairs))
+            grad, moments = self._gradient(param), self._moments(param)
+            if moments is not None and (grad is not None or self.variant.passes == 1):
+                fragments.append(_fragment(name, param, grad, moments))
         return fragments
+
+    def _gradient(self, param) -> torch.Tensor | None:
+        """This rank's part of the ascent gradient; None if there is none."""
+        grad = param.grad
+        if grad is None or self.variant.passes == 1:
+            return None
+        if isinstance(param, DTensor):
+            # Sequence parallelism leaves partial sums that must be reduced over the ranks.
+            return grad.redistribute(param.device_mesh, param.placements).to_local()
+        return grad.to_dense() if grad.is_sparse else grad
+
+    def _moments(self, param) -> dict[str, torch.Tensor] | None:
+        """This rank's part of the moments that the variant uses; None if the optimizer has not stepped the weight."""
+        if not self.variant.moments:
+            return {}
+        moments = moments_of(param, self.optimizers(), self.variant.moments)
+        return moments and {kind: local_shard(moment) for kind, moment in moments.items()}
 
     def _save_weights(self, fragments):
         copies = [torch.empty_like(fragment.weight) for fragment in fragments]
@@ -173,6 +181,16 @@ class LocalBackend(Backend):
         finite = finite.to(torch.int32)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return finite.bool()
+
+
+def _fragment(name, param, grad, moments) -> Fragment:
+    weight, place, first, pairs = local_shard(param), "", 0, param.is_complex()
+    if isinstance(param, DTensor):
+        place, first = _place(param), flat_offset(param)
+    if pairs:
+        weight, grad = torch.view_as_real(weight), grad if grad is None else torch.view_as_real(grad.resolve_conj())
+        moments = {kind: torch.view_as_real(moment) for kind, moment in moments.items()}
+    return Fragment(name, weight, weight, grad, place, pairs, first, moments)
 
 
 def _shard_groups(param: torch.Tensor) -> tuple:

@@ -9,6 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
+from ..moments import moments_of
 from ..perturbation import Fragment
 from .zero import ZeroBackend
 
@@ -49,11 +50,16 @@ class Zero12Backend(ZeroBackend):
             # Gradients are copied to the CPU asynchronously.
             get_accelerator().synchronize()
         fragments = []
+        ascends, wanted = self.variant.passes == 2, self.variant.moments
         for group, params in enumerate(optimizer.params_in_partition):
             rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
             weights = optimizer.parallel_partitioned_bit16_groups[group][rank].detach()
-            masters = optimizer.single_partition_of_fp32_groups[group].detach()
-            grads = self._partition_gradients(group)
+            flat = optimizer.single_partition_of_fp32_groups[group]
+            masters = flat.detach()
+            grads = self._partition_gradients(group) if ascends else None
+            moments = moments_of(flat, [optimizer.optimizer], wanted) if wanted else {}
+            if moments is None:
+                continue  # before the first step of the optimizer
             for param in params:
                 if id(param) not in names:
                     continue
@@ -66,9 +72,11 @@ class Zero12Backend(ZeroBackend):
                     Fragment(
                         name=names[id(param)],
                         place=f"{rank}.{skipped}",
+                        first=skipped,
                         weight=weights.narrow(0, start, numel),
                         master=masters.narrow(0, start, numel),
-                        grad=grads(start, numel),
+                        grad=grads(start, numel) if ascends else None,
+                        moments={kind: moment.narrow(0, start, numel) for kind, moment in moments.items()},
                     )
                 )
         return fragments

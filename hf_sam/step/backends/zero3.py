@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from ..moments import moments_of
 from ..perturbation import Fragment
 from .zero import ZeroBackend
 
@@ -52,16 +53,35 @@ class Zero3Backend(ZeroBackend):
         if self.optimizer.offload_optimizer:
             # Gradients are copied to the CPU asynchronously.
             get_accelerator().synchronize()
-        return [
-            Fragment(
-                name=name,
-                place=str(self.accelerator.process_index),
-                weight=param.ds_tensor.detach().view(-1),
-                master=self._master(param),
-                grad=self.optimizer._get_fp32_grad_state_partition(param, release_swap_buffers=True)[0].view(-1),
+        fragments = []
+        for name, param in self.selected.items():
+            moments = self._moments(param)
+            if moments is None:
+                continue  # before the first step of the optimizer
+            shard = param.ds_tensor.detach().view(-1)
+            fragments.append(
+                Fragment(
+                    name=name,
+                    place=str(self.accelerator.process_index),
+                    first=self.accelerator.process_index * shard.numel(),
+                    weight=shard,
+                    master=self._master(param),
+                    grad=self._gradient(param) if self.variant.passes == 2 else None,
+                    moments=moments,
+                )
             )
-            for name, param in self.selected.items()
-        ]
+        return fragments
+
+    def _gradient(self, param):
+        return self.optimizer._get_fp32_grad_state_partition(param, release_swap_buffers=True)[0].view(-1)
+
+    def _moments(self, param):
+        if not self.variant.moments:
+            return {}
+        group, start, numel = self.optimizer.grad_position[self.optimizer.get_param_id(param)]
+        flat = self.optimizer.fp32_partitioned_groups_flat[group]
+        moments = moments_of(flat, [self.optimizer.optimizer], self.variant.moments)
+        return moments and {kind: moment.narrow(0, start, numel) for kind, moment in moments.items()}
 
     def _master(self, param):
         # Not DeepSpeed's public accessors, which copy offloaded shards to the accelerator.

@@ -7,6 +7,7 @@ accepts its name. Outside of hf-sam, call [`register`] before you create the tra
 from ...runtime.errors import did_you_mean
 from .asam import ASAM
 from .base import Piece, Variant
+from .momentum import Momentum
 from .sam import SAM
 
 __all__ = ["DEFAULT", "VARIANTS", "Piece", "Variant", "get_variant", "register"]
@@ -19,10 +20,12 @@ def register(variant: type[Variant]) -> type[Variant]:
     """Register a variant under its name; usable as a class decorator.
 
     Raises:
-        ValueError: if another variant has this name, or the variant needs more or fewer than two passes.
+        ValueError: if another variant has this name, or its number of passes is neither 1 nor 2.
     """
-    if variant.passes != 2:
-        raise ValueError(f"{variant.__qualname__} has passes={variant.passes}, but a step runs 2: ascent and descent.")
+    if variant.passes not in (1, 2):
+        raise ValueError(
+            f"{variant.__qualname__} has passes={variant.passes}, but a step has 2, ascent and descent, or 1, descent."
+        )
     if VARIANTS.get(variant.name, variant) is not variant:
         raise ValueError(
             f"There is already a variant {variant.name!r}: {VARIANTS[variant.name].__qualname__}. Choose another name."
@@ -31,7 +34,7 @@ def register(variant: type[Variant]) -> type[Variant]:
     return variant
 
 
-for _variant in (SAM, ASAM):
+for _variant in (SAM, ASAM, Momentum):
     register(_variant)
 
 

@@ -1,35 +1,52 @@
 """The interface of a variant, which defines the perturbation e.
 
 Every variant has the form e = rho * d / ||n||. The variant defines the direction d and the vector n, both computed
-elementwise from the weights w and the ascent gradient g; ||n|| is the norm over all perturbed weights of all ranks.
-Backends and [`~hf_sam.step.perturbation`] handle sharding, precision and the reduction of ||n||, and pass the weights
-to the variant piece by piece.
+elementwise from the weights w and, as the variant needs them, from the ascent gradient g, the moments of the optimizer
+and random numbers; ||n|| is the norm over all perturbed weights of all ranks. Backends and
+[`~hf_sam.step.perturbation`] handle sharding, precision and the reduction of ||n||, and pass the weights to the variant
+piece by piece.
 """
 
 import abc
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 
 
 class Piece:
-    """Matching pieces of the weights and of the ascent gradient, in fp32 (fp64 for fp64 weights).
+    """Matching pieces of the weights and of what the variant needs, in fp32 (fp64 for fp64 weights).
 
     Args:
         name (`str`): name of the parameter.
         master (`torch.Tensor`): w in any precision, on any device.
-        gradient (`torch.Tensor`): g, of the same shape.
+        gradient (`torch.Tensor`): g, of the same shape; without an ascent pass, scratch memory of this shape.
         pairs (`bool`): whether the last dimension holds real and imaginary parts of complex weights.
+        moments (`dict[str, torch.Tensor]`): moments of the optimizer, each of the same shape, on any device.
+        noise (`Callable[[], torch.Tensor]`, *optional*): draws random numbers of mean 0 and variance 1, same shape.
+        stored (`torch.Tensor`, *optional*): the weights that are perturbed, of the same shape.
 
     Attributes:
         gradient (`torch.Tensor`): g; [`Variant.to_direction`] overwrites it with d.
     """
 
-    def __init__(self, name: str, master: torch.Tensor, gradient: torch.Tensor, pairs: bool = False):
+    def __init__(
+        self,
+        name: str,
+        master: torch.Tensor,
+        gradient: torch.Tensor,
+        pairs: bool = False,
+        moments: dict[str, torch.Tensor] | None = None,
+        noise: Callable[[], torch.Tensor] | None = None,
+        stored: torch.Tensor | None = None,
+    ):
         self.name = name
         self.pairs = pairs
-        self._master = master
+        self.master = master
         self._weight: torch.Tensor | None = None
+        self._moments = moments or {}
+        self._noise = noise
+        self.stored = stored
         dtype = torch.promote_types(torch.float32, torch.promote_types(master.dtype, gradient.dtype))
         self.gradient = gradient.to(dtype)
 
@@ -37,7 +54,7 @@ class Piece:
     def weight(self) -> torch.Tensor:
         """w on the device and in the precision of the gradient. Do not modify it."""
         if self._weight is None:  # lazy, because offloaded weights are copied to the device
-            self._weight = self._master.to(self.gradient.device, self.gradient.dtype)
+            self._weight = self._like_gradient(self.master)
         return self._weight
 
     @property
@@ -48,6 +65,17 @@ class Piece:
         squares = self.weight.square().view(-1, 2).sum(dim=1, keepdim=True)
         return squares.sqrt().expand(-1, 2).reshape(self.weight.shape)
 
+    def moment(self, kind: str) -> torch.Tensor:
+        """The `"first"` or `"second"` moment of the optimizer. Do not modify it."""
+        return self._like_gradient(self._moments[kind])
+
+    def noise(self) -> torch.Tensor:
+        """Random numbers of mean 0 and variance 1, the same in each call; shape of the weights."""
+        return self._noise().view(self.gradient.shape)
+
+    def _like_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.gradient.device, self.gradient.dtype)
+
 
 class Variant(abc.ABC):
     """Base class of the variants. Each subclass has its own file and is registered by its name.
@@ -56,13 +84,18 @@ class Variant(abc.ABC):
         name (`str`): the value of `sam_variant` that selects it.
         equation (`str`): e as a function of rho, w and g.
         source (`str`): paper and equation.
-        passes (`int`): number of passes over each micro-batch: 2, the ascent and the descent pass.
+        passes (`int`): number of passes over each micro-batch: 2, the ascent and the descent pass, or 1, if e does not
+            depend on an ascent gradient.
+        moments (`tuple[str, ...]`): moments of the optimizer that e depends on: `"first"`, `"second"`.
+        normalized (`bool`): whether e is divided by ||n||; if not, e = rho * d.
     """
 
     name: ClassVar[str]
     equation: ClassVar[str]
     source: ClassVar[str]
     passes: ClassVar[int] = 2
+    moments: ClassVar[tuple[str, ...]] = ()
+    normalized: ClassVar[bool] = True
 
     @abc.abstractmethod
     def squared_norm(self, piece: Piece) -> torch.Tensor:
