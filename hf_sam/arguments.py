@@ -32,8 +32,9 @@ class SAMArguments:
         sam_variant (`str`, *optional*, defaults to `"sam"`):
             Name of the variant, which defines the perturbation. `"sam"`: as above. `"asam"`, adaptive SAM:
             \\(e = \rho |w|^2 g / \| |w| g\|\\) elementwise (arXiv 2102.11600, eq. 8); its \\(\rho\\) is on another
-            scale, 0.5 to 2 in that paper. You can register other variants
-            ([`hf_sam.step.variants`](~hf_sam.step.variants)).
+            scale, 0.5 to 2 in that paper. `"momentum"`, MSAM: \\(e = -\rho m / \|m\|\\), where m is the first moment of
+            the optimizer (arXiv 2401.12033); it has no ascent pass, so a step costs one pass, and the logged loss is
+            that at w + e. You can register other variants ([`hf_sam.step.variants`](~hf_sam.step.variants)).
         sam_ascent_micro_batches (`float`, *optional*):
             Number of micro-batches in the ascent pass; below 1, the fraction of the step's micro-batches. All of them
             when omitted. With k of N micro-batches, a step costs 1 + k/N plain steps.
@@ -200,6 +201,7 @@ class SAMArguments:
         for name in _FLOAT_FIELDS:
             setattr(self, name, _as_float(name, getattr(self, name)))
         check_variant(self.sam_variant, "sam_variant")
+        self._check_ascent_fields()
         if not (math.isfinite(self.sam_rho) and self.sam_rho >= 0):
             raise ValueError(f"sam_rho={self.sam_rho} must be a finite number, 0 (no SAM) or larger.")
         if not (math.isfinite(self.sam_loss_rise) and self.sam_loss_rise >= 0):
@@ -220,6 +222,16 @@ class SAMArguments:
         for name in ("sam_target_modules", "sam_exclude_modules"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
+
+    def _check_ascent_fields(self):
+        if VARIANTS[self.sam_variant].passes == 2:
+            return
+        for name in ("sam_loss_rise", "sam_ascent_micro_batches", "sam_ascent_sync"):
+            if getattr(self, name) != _default(SAMArguments, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning with sam_variant={self.sam_variant!r}, which has "
+                    f"no ascent pass. Remove {name}, or choose another variant."
+                )
 
     def _check_annealing(self):
         if not 0 <= self.anneal_min_lr_ratio < 1:

@@ -83,4 +83,4 @@ def _what_happened(history: SAMHistory) -> str:
             f"{history.summary()} SAM was configured as below, but all gradients were computed at the unperturbed "
             "weights, as in plain training."
         )
-    return f"{history.summary()} In these steps, the gradient was computed at the worst weights nearby."
+    return f"{history.summary()} In these steps, the gradient was computed at the perturbed weights w + e."

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 
+import torch
 from accelerate.logging import get_logger
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -17,10 +18,12 @@ from .model_card import describe_in_model_card
 from .records import TrainerLoopState, discard_appended, reachable_from_trainer
 from .schedule import SAMWindow, annealing_kwargs, extra_passes
 from .step.backends import check_supported, has_own_scheduler
+from .step.moments import check_optimizer
 from .step.parameters import check_perturbable, keep_adapters_in_fp32, select_names, trainable_parameters
 from .step.replay import disable_method, parameters_reached
 from .step.replay.reach import code_names
 from .step.sam_step import SAMStep
+from .step.variants import VARIANTS
 
 logger = get_logger(__name__)
 
@@ -236,6 +239,7 @@ class SAMMixin:
         self.args.check_sam()
         self.args.claim_for_sam()
         self._check_sam()
+        self._check_moments(self.optimizer if optimizer is None else optimizer)
         if self.args.anneal_steps is None:
             return super().create_scheduler(num_training_steps, optimizer)
         given = self.args.lr_scheduler_kwargs
@@ -307,6 +311,11 @@ class SAMMixin:
         inside = {id(param) for param in self.model.parameters()}
         outside = parameters_reached(reachable_from_trainer(self), inside)
         select_names(trainable.keys() | outside.keys(), self.args.sam_target_modules, self.args.sam_exclude_modules)
+
+    def _check_moments(self, optimizer):
+        moments = VARIANTS[self.args.sam_variant].moments
+        if self.args.uses_sam and moments and isinstance(optimizer, torch.optim.Optimizer):
+            check_optimizer(optimizer, moments)
 
     def _takes_arguments(self) -> bool:
         """Whether the constructor of the base trainer has a parameter `args`."""

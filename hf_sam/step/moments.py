@@ -1,5 +1,6 @@
 """The moments of an optimizer: its running averages of the gradient and of the squared gradient."""
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -65,8 +66,10 @@ def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict | None:
     """The state that an optimizer of this kind has after a step; `None` if one cannot be created for a probe."""
     param = torch.nn.Parameter(torch.zeros(2, 2))
     param.grad = torch.ones(2, 2)
+    # torch adds defaults that the constructor does not know.
+    known = inspect.signature(type(optimizer).__init__).parameters.keys() & optimizer.defaults.keys()
     try:
-        probe = type(optimizer)([param], **optimizer.defaults)
+        probe = type(optimizer)([param], **{name: optimizer.defaults[name] for name in known})
         probe.step()
     except Exception:  # a class with another constructor: the first SAM step finds out
         return None

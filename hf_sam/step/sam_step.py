@@ -18,6 +18,7 @@ from .backends import Backend, select_backend
 from .counts import ascent_count, check_count
 from .loss_scale import record_scalers
 from .metrics import SAMMetrics
+from .moments import check_optimizer
 from .passes import MicroBatch, Passes
 from .perturbation import Perturbation
 from .replay import CapturedState, KeptInputs, LoopState, disable_method
@@ -59,8 +60,9 @@ class SAMStep:
             passes. SAM perturbs the parameters that they train, including those outside of `model` (e.g. in a loss
             module), and no others. When omitted, the prepared optimizers that train parameters of `model`.
         variant (`str`, *optional*, defaults to `"sam"`): name of a variant in
-            [`hf_sam.step.variants`](~hf_sam.step.variants), which defines the perturbation: `"sam"` (arXiv 2010.01412)
-            or `"asam"` (arXiv 2102.11600), whose rho is on another scale.
+            [`hf_sam.step.variants`](~hf_sam.step.variants), which defines the perturbation: `"sam"` (arXiv 2010.01412),
+            `"asam"` (arXiv 2102.11600), whose rho is on another scale, or `"momentum"` (arXiv 2401.12033), which has no
+            ascent pass.
         ascent_micro_batches (`float`, *optional*): number of micro-batches in the ascent pass, or the fraction of the
             step's micro-batches if below 1. All of them when omitted.
         ascent_sync (`str`, *optional*, defaults to `"global"`): with `"local"`, each DDP replica uses the ascent
@@ -127,6 +129,8 @@ class SAMStep:
             optimizers=self._known_optimizers,
             seed=seed,
         )
+        for each in self._known_optimizers() if self.backend.variant.moments else ():
+            check_optimizer(each, self.backend.variant.moments)
         self._loop_state.bind(self.backend)
         self._metrics = SAMMetrics(accelerator, self.backend.has_low_precision_weights())
         without_context = lambda replayed: contextlib.nullcontext()  # noqa: E731
@@ -167,8 +171,8 @@ class SAMStep:
 
         Returns:
             `torch.Tensor`: shape `()`. The last call of a step returns the loss at w (an estimate if the ascent pass
-            uses only some of the micro-batches), the other calls 0. With `rho=0`, each call returns the contribution of
-            its micro-batch.
+            uses only some of the micro-batches; without an ascent pass, the loss at w + e), the other calls 0. With
+            `rho=0`, each call returns the contribution of its micro-batch.
 
         Raises:
             RuntimeError: if the model has gradients from before the step, or `forward_backward` computes gradients of

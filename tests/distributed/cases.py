@@ -41,7 +41,7 @@ class Case:
 
 
 # Radii of variants whose rho is on another scale than that of SAM.
-RADII = {"asam": 0.5, "momentum": 0.5}
+RADII = {"asam": 0.5, "momentum": 0.1}
 TARGETED = {"sam_rho": 0.05, "sam_target_modules": [r"mlp", r"norm"], "sam_exclude_modules": [r"layers\.0\.mlp\.up"]}
 
 CASES = (
