@@ -35,6 +35,11 @@ class SAMArguments:
             scale, 0.5 to 2 in that paper. `"momentum"`, MSAM: \\(e = -\rho m / \|m\|\\), where m is the first moment of
             the optimizer (arXiv 2401.12033); it has no ascent pass, so a step costs one pass, and the logged loss is
             that at w + e. You can register other variants ([`hf_sam.step.variants`](~hf_sam.step.variants)).
+        sam_noise (`float`, *optional*, defaults to `0.0`):
+            Adds \\(s w u\\) to the perturbation, elementwise, with \\(s\\) this number and \\(u\\) uniform of mean 0
+            and variance 1, in each step of the window, also in those that `sam_interval` leaves out. Needs no ascent
+            pass, so it also works alone, with `sam_rho=0`, at the cost of plain training. Prepares for quantization
+            (arXiv 2412.06858).
         sam_ascent_micro_batches (`float`, *optional*):
             Number of micro-batches in the ascent pass; below 1, the fraction of the step's micro-batches. All of them
             when omitted. With k of N micro-batches, a step costs 1 + k/N plain steps.
@@ -87,6 +92,13 @@ class SAMArguments:
             "help": "[SAM] Name of the variant, which defines the perturbation. "
             + "; ".join(f"{name}: {variant.equation}" for name, variant in VARIANTS.items())
             + "."
+        },
+    )
+    sam_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "[SAM] Standard deviation of random noise on the weights during each step of the window, relative "
+            "to each weight; also in the steps that sam_interval leaves out. 0: no noise."
         },
     )
     sam_start_steps: float = field(
@@ -170,8 +182,8 @@ class SAMArguments:
 
     @property
     def uses_sam(self) -> bool:
-        """Whether SAM is on."""
-        return self.sam_rho > 0 or self.sam_loss_rise > 0
+        """Whether steps perturb the weights."""
+        return self.sam_rho > 0 or self.sam_loss_rise > 0 or self.sam_noise > 0
 
     @property
     def largest_radius(self) -> float:
@@ -204,6 +216,8 @@ class SAMArguments:
         self._check_ascent_fields()
         if not (math.isfinite(self.sam_rho) and self.sam_rho >= 0):
             raise ValueError(f"sam_rho={self.sam_rho} must be a finite number, 0 (no SAM) or larger.")
+        if not (math.isfinite(self.sam_noise) and self.sam_noise >= 0):
+            raise ValueError(f"sam_noise={self.sam_noise} must be a finite number, 0 (no noise) or larger.")
         if not (math.isfinite(self.sam_loss_rise) and self.sam_loss_rise >= 0):
             raise ValueError(
                 f"sam_loss_rise={self.sam_loss_rise} must be a finite number of nats, 0 (radius sam_rho) or larger."
@@ -271,6 +285,7 @@ class SAMTrainingArguments(SAMArguments, TrainingArguments):
 _FLOAT_FIELDS = (
     "sam_rho",
     "sam_loss_rise",
+    "sam_noise",
     "sam_start_steps",
     "sam_end_steps",
     "sam_ascent_micro_batches",

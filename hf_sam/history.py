@@ -69,7 +69,7 @@ class SAMHistory(TrainerCallback, ExportableState):
     def _warn(self, args, state):
         if unused := args.unused_sam_fields():
             logger.warning(
-                f"SAM is off: sam_rho and sam_loss_rise are 0, so {', '.join(unused)} "
+                f"SAM is off: sam_rho, sam_loss_rise and sam_noise are 0, so {', '.join(unused)} "
                 f"{'has' if len(unused) == 1 else 'have'} no effect. Set sam_rho, e.g. sam_rho=0.05."
             )
         elif args.uses_sam:

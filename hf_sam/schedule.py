@@ -41,6 +41,10 @@ class SAMWindow:
     def __contains__(self, step: int) -> bool:
         return self.start <= step < self.end and (step - self.start) % self.interval == 0
 
+    def spans(self, step: int) -> bool:
+        """Whether a step is between the start and the end of the window."""
+        return self.start <= step < self.end
+
     def __len__(self) -> int:
         return len(range(self.start, self.end, self.interval))
 
@@ -63,6 +67,8 @@ class SAMWindow:
 
 def extra_passes(args: SAMArguments, micro_batches: int) -> float:
     """Passes over the `micro_batches` of a SAM step in addition to a plain step; 1 if the ascent pass uses all."""
+    if args.largest_radius == 0:
+        return 0.0
     fraction = ascent_count(args.sam_ascent_micro_batches, micro_batches) / micro_batches
     return (VARIANTS[args.sam_variant].passes - 1) * fraction
 

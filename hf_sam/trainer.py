@@ -149,7 +149,8 @@ class SAMMixin:
 
         try:
             sam = self._sam_for(model)
-            sam.loss_rise, sam.rho = self.args.sam_loss_rise, self.args.largest_radius
+            sam.noise, sam.loss_rise = self.args.sam_noise, self.args.sam_loss_rise
+            sam.rho = self._sam_radius()
             sam.step, sam.optimizers = self.state.global_step, [self.optimizer]
             acted = sam.acted
             loss = sam(forward_backward, inputs)
@@ -158,7 +159,7 @@ class SAMMixin:
             self._sam = None
             raise
         if sam.acted > acted:
-            self.sam_history.add(extra_passes(self.args, micro_batches))
+            self.sam_history.add(self._sam_extra_passes(micro_batches))
         return loss
 
     @property
@@ -194,7 +195,17 @@ class SAMMixin:
         # Without an optimizer nothing is trained; the caller wants loss and gradient at w.
         if not self.args.uses_sam or self.optimizer is None:
             return False
-        return self.state.global_step in SAMWindow.resolve(self.args, self.state.max_steps)
+        window = SAMWindow.resolve(self.args, self.state.max_steps)
+        adds_noise = self.args.sam_noise > 0 and window.spans(self.state.global_step)
+        return adds_noise or self._sam_radius() > 0
+
+    def _sam_radius(self) -> float:
+        """Largest radius of the current step; 0 in the steps that `sam_interval` leaves out."""
+        window = SAMWindow.resolve(self.args, self.state.max_steps)
+        return self.args.largest_radius if self.state.global_step in window else 0.0
+
+    def _sam_extra_passes(self, micro_batches: int) -> float:
+        return extra_passes(self.args, micro_batches) if self._sam_radius() > 0 else 0.0
 
     def _micro_batches(self) -> int:
         # The last step of an epoch may have fewer micro-batches than `gradient_accumulation_steps`.
@@ -206,6 +217,7 @@ class SAMMixin:
                 self.accelerator,
                 model,
                 self.args.largest_radius,
+                noise=self.args.sam_noise,
                 loss_rise=self.args.sam_loss_rise,
                 optimizer=self.optimizer,
                 variant=self.args.sam_variant,
@@ -258,7 +270,7 @@ class SAMMixin:
         operations = super().floating_point_ops(inputs)
         if not self._sam_acts():
             return operations
-        return operations * (1 + extra_passes(self.args, self._micro_batches()))
+        return operations * (1 + self._sam_extra_passes(self._micro_batches()))
 
     def log(self, logs, start_time=None):
         if "loss" in logs:

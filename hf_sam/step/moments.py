@@ -9,8 +9,8 @@ import torch
 _NAMES = {"first": ("exp_avg", "momentum_buffer"), "second": ("exp_avg_sq", "square_avg")}
 
 
-def moments_of(param: torch.Tensor, optimizers: Iterable, wanted: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
-    """The moments of a parameter; `None` if no optimizer has stepped it yet.
+def moments_of(param: torch.Tensor, optimizers: Iterable, wanted: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The moments of a parameter; empty if no optimizer has stepped it yet.
 
     Args:
         param (`torch.Tensor`): a parameter of one of the optimizers.
@@ -18,18 +18,18 @@ def moments_of(param: torch.Tensor, optimizers: Iterable, wanted: tuple[str, ...
         wanted (`tuple[str, ...]`): `"first"` (average of the gradient), `"second"` (average of the squared gradient).
 
     Returns:
-        `dict[str, torch.Tensor]` or `None`: the moments by kind, each of the shape of `param`.
+        `dict[str, torch.Tensor]`: the moments by kind, each of the shape of `param`.
 
     Raises:
         ValueError: if the optimizer that trains the parameter does not keep a moment.
     """
-    for optimizer in optimizers:
+    for optimizer in optimizers if wanted else ():
         state = optimizer.state.get(param)
         if state:
             found = {kind: _find(state, kind, param.shape) for kind in wanted}
             _check(found, optimizer)
             return found
-    return None
+    return {}
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, wanted: tuple[str, ...]) -> None:
@@ -38,7 +38,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, wanted: tuple[str, ...]) -
     Raises:
         ValueError: if it does not; the message names the optimizer and the remedy.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+    while hasattr(optimizer, "optimizer"):  # wrappers of accelerate and DeepSpeed
+        optimizer = optimizer.optimizer
     for param, state in optimizer.state.items():
         if state and isinstance(param, torch.Tensor):
             _check({kind: _find(state, kind, param.shape) for kind in wanted}, optimizer)

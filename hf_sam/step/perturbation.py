@@ -135,8 +135,9 @@ def apply(
     noise: Callable[[Fragment], torch.Generator] | None = None,
     measure: bool = False,
     key: str = "",
+    relative_noise: float = 0.0,
 ) -> torch.Tensor | None:
-    """Write w + e into the weights of all fragments, e = scale * d.
+    """Write w + e into the weights of all fragments, e = scale * d (plus noise).
 
     Args:
         fragments (`list[Fragment]`): the pieces of the weights on this rank; their gradients are overwritten.
@@ -146,13 +147,15 @@ def apply(
         noise (`Callable`, *optional*): returns the random generator for the stochastic rounding of a fragment; not
             needed for fp32 and fp64 weights.
         measure (`bool`, defaults to `False`): whether to measure how much of e is left in the stored weights.
-        key (`str`, defaults to `""`): seeds random numbers of the variant.
+        key (`str`, defaults to `""`): seeds random numbers.
+        relative_noise (`float`, defaults to 0): adds relative_noise * w * u to e, elementwise, with u uniform of mean
+            0 and variance 1.
 
     Returns:
         `torch.Tensor` or `None`: see [`Perturbation`]: `moved`; `None` without `measure`.
     """
     plain = [fragment for fragment in fragments if fragment.is_plain_fp32]
-    ascents = _perturb_fp32(plain, variant, scale, finite, key)
+    ascents = _perturb_fp32(plain, variant, scale, finite, key, relative_noise)
     moved = []
     if measure:
         for fragment, ascent in zip(plain, ascents, strict=True):
@@ -160,30 +163,32 @@ def apply(
             moved.append(_sum_pairs(_projection(*piece) for piece in pieces))
     for fragment in fragments:
         if not fragment.is_plain_fp32:
-            moved.append(_perturb_mixed(fragment, variant, scale, finite, noise, measure, key))
+            moved.append(_perturb_mixed(fragment, variant, scale, finite, noise, measure, key, relative_noise))
     return _sum_on(scale.device, moved) if measure else None
 
 
-def _perturb_fp32(fragments, variant, scale, finite, key) -> list[torch.Tensor]:
+def _perturb_fp32(fragments, variant, scale, finite, key, relative_noise) -> list[torch.Tensor]:
     """Perturb all-fp32 fragments with a few fused kernels; e overwrites the gradients. Returns e of each fragment."""
     pieces = [fragment.whole(key) for fragment in fragments]
     for device in {fragment.device for fragment in fragments}:
         here = [piece for piece in pieces if piece.stored.device == device]
-        variant.to_direction(here)
-        ascent = [piece.gradient for piece in here]
-        _scale(ascent, scale.to(device), ~finite.to(device))
-        torch._foreach_add_([piece.stored for piece in here], ascent)
+        _to_perturbation(here, variant, scale.to(device), ~finite.to(device), relative_noise)
+        torch._foreach_add_([piece.stored for piece in here], [piece.gradient for piece in here])
     return [piece.gradient for piece in pieces]
 
 
-def _scale(ascent: list[torch.Tensor], scale: torch.Tensor, blocked: torch.Tensor) -> None:
-    torch._foreach_mul_(ascent, scale)
-    for tensor in ascent:
+def _to_perturbation(pieces: list[Piece], variant, scale, blocked, relative_noise: float) -> None:
+    """Replace the gradient of each piece by e; by 0 if `blocked`."""
+    variant.to_direction(pieces)
+    torch._foreach_mul_([piece.gradient for piece in pieces], scale)
+    for piece in pieces:
+        if relative_noise:
+            piece.gradient.addcmul_(piece.magnitude, piece.noise(), value=relative_noise)
         # 0 * inf is NaN, so a zero scale alone would not cancel a non-finite gradient.
-        tensor.masked_fill_(blocked, 0.0)
+        piece.gradient.masked_fill_(blocked, 0.0)
 
 
-def _perturb_mixed(fragment, variant, scale, finite, noise, measure, key):
+def _perturb_mixed(fragment, variant, scale, finite, noise, measure, key, relative_noise):
     """Perturb a fragment with 16-bit or offloaded tensors in fp32 chunks, on the device of the gradient."""
     moved = []
     # With an fp32 master, the low bits of w act as dither when w + e is cast. A 16-bit master has no such bits, and
@@ -193,9 +198,8 @@ def _perturb_mixed(fragment, variant, scale, finite, noise, measure, key):
     scale, blocked = scale.to(device), ~finite.to(device)
     generator = noise(fragment) if dither else None
     for piece in fragment.pieces(key):
-        variant.to_direction([piece])
+        _to_perturbation([piece], variant, scale, blocked, relative_noise)
         weight, ascent = piece.stored, piece.gradient
-        _scale([ascent], scale, blocked)
         target = piece.weight + ascent
         # Round before the transfer: with offloaded masters, this halves the bytes.
         rounded = stochastic_round(target, weight.dtype, generator) if dither else target.to(weight.dtype)

@@ -73,6 +73,7 @@ def sam_step(
     perturbed_names: set[str] | None = None,
     loss_rise: float = 0.0,
     moments: dict[str, Vectors] | None = None,
+    noise: Vectors | None = None,
 ) -> ReferenceStep:
     """Compute the gradient at w + e into `.grad` of the trainable parameters of `model`; their values stay w.
 
@@ -87,6 +88,8 @@ def sam_step(
         loss_rise (`float`, defaults to 0): if not 0, the radius is `loss_rise` / ||g||, g the gradient of the loss of
             the step (estimated by N/k times that of the k micro-batches of the ascent pass).
         moments (`dict[str, dict[str, torch.Tensor]]`, *optional*): moments of the optimizer, by kind and by name.
+        noise (`dict[str, torch.Tensor]`, *optional*): random numbers by name, e gets w * noise in addition. With
+            `rho=0`, there is no ascent pass.
     """
 
     def forward_backward(batch) -> float:
@@ -105,6 +108,7 @@ def sam_step(
         perturbed_names,
         loss_rise,
         moments,
+        noise,
     )
 
 
@@ -118,13 +122,15 @@ def sam_gradient(
     perturbed_names: set[str] | None = None,
     loss_rise: float = 0.0,
     moments: dict[str, Vectors] | None = None,
+    noise: Vectors | None = None,
 ) -> ReferenceStep:
     """[`sam_step`] for a loop with its own backward pass.
 
     Args:
         trainable (`dict[str, torch.Tensor]`): w by name.
         forward_backward (`Callable`): adds the gradient of a micro-batch to `.grad` and returns its loss.
-        micro_batches, rho, variant, ascent_micro_batches, perturbed_names, loss_rise, moments: see [`sam_step`].
+        micro_batches, rho, variant, ascent_micro_batches, perturbed_names, loss_rise, moments, noise: see
+            [`sam_step`].
     """
     w = {name: param.detach().clone() for name, param in trainable.items()}
     k = len(micro_batches) if ascent_micro_batches is None else ascent_micro_batches
@@ -138,15 +144,20 @@ def sam_gradient(
 
     # Ascent pass: g = grad L(w).
     losses, g = [], {}
-    if variant not in ONE_PASS:
+    if variant not in ONE_PASS and rho > 0:
         losses = accumulate_gradient(micro_batches[:k])
         g = {name: trainable[name].grad.clone() for name in perturbed_names if trainable[name].grad is not None}
     known = {kind: {name: moment[name] for name in perturbed_names} for kind, moment in (moments or {}).items()}
 
     # Descent pass: grad L(w + e) into `.grad`.
-    _, norm = PERTURBATIONS[variant](w, g, 1.0, known)
-    radius = min(loss_rise / (norm.item() * len(micro_batches) / k), rho) if loss_rise else rho
-    e, norm = PERTURBATIONS[variant](w, g, radius, known)
+    e, norm = {}, torch.zeros(())
+    if rho > 0:
+        _, norm = PERTURBATIONS[variant](w, g, 1.0, known)
+        radius = min(loss_rise / (norm.item() * len(micro_batches) / k), rho) if loss_rise else rho
+        e, norm = PERTURBATIONS[variant](w, g, radius, known)
+    if noise is not None:
+        zero = torch.zeros(())
+        e = {name: e.get(name, zero) + w[name] * noise[name] for name in (e or perturbed_names)}
     with torch.no_grad():
         for name in e:
             trainable[name].copy_(w[name] + e[name])

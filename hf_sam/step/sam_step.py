@@ -53,6 +53,9 @@ class SAMStep:
             `accelerator.accumulate` sets, marks the last call of a step. Without accumulation, every call is the last.
         model (`torch.nn.Module`): the model that the loop calls, after `accelerator.prepare`.
         rho (`float`): radius of the perturbation (arXiv 2010.01412, eq. 2). May be changed between steps.
+        noise (`float`, *optional*, defaults to 0): standard deviation of random noise that is added to the weights
+            during the passes of the perturbed gradient, relative to each weight; with `rho=0`, the only perturbation.
+            May be changed between steps.
         loss_rise (`float`, *optional*, defaults to 0): if not 0, the radius of each step is `loss_rise` / ||g||, so
             that the loss rises by `loss_rise` nats to first order, but at most `rho`, which may be infinite
             (arXiv 2605.10183). May be changed between steps.
@@ -94,6 +97,7 @@ class SAMStep:
         model: torch.nn.Module,
         rho: float,
         *,
+        noise: float = 0.0,
         loss_rise: float = 0.0,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         variant: str = DEFAULT,
@@ -109,6 +113,7 @@ class SAMStep:
         check_count("ascent_micro_batches", ascent_micro_batches, zero_allowed=False)
         if ascent_sync not in ("global", "local"):
             raise ValueError(f"ascent_sync={ascent_sync!r} must be 'global' or 'local'.")
+        self.noise = noise
         self.loss_rise = loss_rise
         self.rho = rho
         self.step = 0
@@ -139,7 +144,7 @@ class SAMStep:
 
     @property
     def rho(self) -> float:
-        """Radius of the perturbation; 0 means a plain step."""
+        """Radius of the perturbation; 0 means a plain step, or noise only."""
         return self._rho
 
     @rho.setter
@@ -149,6 +154,11 @@ class SAMStep:
         if not (0 <= value < float("inf") or (value > 0 and self.loss_rise)):
             raise ValueError(f"rho={value} must be a finite number, 0 or larger; with loss_rise it may be infinite.")
         self._rho = value
+
+    @property
+    def _ascends(self) -> bool:
+        """Whether the next step has an ascent pass."""
+        return self.rho > 0 and self.backend.variant.passes == 2
 
     def reset(self) -> None:
         """Drop the micro-batches of an unfinished step, and the metrics.
@@ -184,7 +194,7 @@ class SAMStep:
                 f"its inputs, but got {describe(forward_backward)} first."
             )
         last = self._accelerator.sync_gradients
-        if self.rho == 0 and not self._window:
+        if self.rho == 0 and self.noise == 0 and not self._window:
             self.step += last
             return forward_backward(inputs)
         self._window.append(MicroBatch(forward_backward, KeptInputs(inputs)))
@@ -219,11 +229,9 @@ class SAMStep:
                 before the step.
         """
         self._check_synchronizing()
-        if self.backend.variant.passes == 1:
-            raise RuntimeError(
-                f"The variant {self.backend.variant.name!r} has no ascent pass: enclose the backward pass in "
-                "SAMStep.perturbed() only."
-            )
+        if not self._ascends:
+            what = f"The variant {self.backend.variant.name!r}" if self.rho > 0 else "A step with noise only"
+            raise RuntimeError(f"{what} has no ascent pass: enclose the backward pass in SAMStep.perturbed() only.")
         with self._rollback_on_error():
             self._begin([])
             start = self._loop_state.capture()
@@ -246,7 +254,7 @@ class SAMStep:
             RuntimeError: without a preceding `ascent` context. (Under DeepSpeed, a backward pass outside of it would
                 already have stepped.)
         """
-        if self.backend.variant.passes == 1:
+        if not self._ascends:
             yield from self._perturbed_only()
             return
         start, self._start = self._start, None
@@ -351,7 +359,7 @@ class SAMStep:
 
     def _run(self, window: list[MicroBatch], k: int) -> torch.Tensor:
         self._begin([micro_batch.forward_backward for micro_batch in window])
-        if self.backend.variant.passes == 1:
+        if not self._ascends:
             return self._run_one_pass(window)
         ascent = self._passes.ascent(window, k)
         self._check_bystanders()
@@ -385,5 +393,10 @@ class SAMStep:
 
     def _perturb(self, gradient_scale: torch.Tensor | float = 1.0, measure: bool = False) -> Perturbation:
         return self.backend.perturb(
-            self.rho, loss_rise=self.loss_rise, gradient_scale=gradient_scale, step=self.step, measure=measure
+            self.rho,
+            noise=self.noise,
+            loss_rise=self.loss_rise,
+            gradient_scale=gradient_scale,
+            step=self.step,
+            measure=measure,
         )

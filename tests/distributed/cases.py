@@ -54,6 +54,9 @@ CASES = (
         for name, accumulation in ((variant, 1), (f"{variant}_accumulation", 2))
     ),
     Case("first_of_three", accumulation=3, sam={"sam_rho": 0.05, "sam_ascent_micro_batches": 1}),
+    Case("noise", accumulation=2, sam={"sam_rho": 0.0, "sam_noise": 0.1}),
+    Case("momentum_and_noise", sam={"sam_rho": 0.1, "sam_noise": 0.1, "sam_variant": "momentum"}),
+    Case("sam_and_noise", accumulation=2, sam={"sam_rho": 0.05, "sam_noise": 0.1, "sam_interval": 2}),
     # Some steps are limited by the rise of the loss, some by the radius.
     Case("loss_rise", accumulation=2, sam={"sam_rho": 0.05, "sam_loss_rise": 0.03}),
     Case("targeted", sam=TARGETED),

@@ -5,8 +5,11 @@ from distributed.cases import GLOBAL_BATCH, LEARNING_RATE, MAX_STEPS, Case
 from distributed.worker import build_model
 from toy import token_dataset
 
+from hf_sam.step.noise import uniform_noise
 from hf_sam.step.parameters import select_names
 from hf_sam.step.reference import sam_step
+
+SEED = 7  # of `toy.arguments`
 
 
 def trajectory(case: Case, replicas: int = 1) -> dict:
@@ -37,12 +40,13 @@ def trajectory(case: Case, replicas: int = 1) -> dict:
                     model,
                     parts,
                     lambda m, batch, tokens=tokens: _loss(m, batch) / tokens,
-                    rho=case.sam["sam_rho"],
+                    rho=case.sam["sam_rho"] if step % case.sam.get("sam_interval", 1) == 0 else 0.0,
                     variant=case.sam.get("sam_variant", "sam"),
                     ascent_micro_batches=case.sam.get("sam_ascent_micro_batches"),
                     perturbed_names=names,
                     loss_rise=case.sam.get("sam_loss_rise", 0.0),
                     moments=moments(optimizer, trainable),
+                    noise=noise(case.sam.get("sam_noise", 0.0), step, trainable),
                 )
             )
             gradients.append({name: param.grad for name, param in trainable.items() if param.grad is not None})
@@ -63,6 +67,17 @@ def trajectory(case: Case, replicas: int = 1) -> dict:
             }
         )
     return {"logs": logs, "weights": {name: value.detach().clone() for name, value in model.state_dict().items()}}
+
+
+def noise(size: float, step: int, trainable) -> dict | None:
+    """Random numbers of the step for whole parameters, times `size`."""
+    if not size:
+        return None
+    key = f"hf-sam perturbation {SEED} {step}"
+    return {
+        name: size * uniform_noise(f"{key} {name}", 0, p.numel(), p.device).view(p.shape)
+        for name, p in trainable.items()
+    }
 
 
 def moments(optimizer, trainable) -> dict:

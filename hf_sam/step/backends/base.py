@@ -28,6 +28,7 @@ from ..parameters import check_perturbable, count_hooks, select_names, trainable
 from ..perturbation import Fragment, Perturbation
 from ..rounding import is_low_precision
 from ..variants import Variant, get_variant
+from ..variants.still import Still
 from ..weight_caches import WeightCaches
 
 
@@ -181,6 +182,7 @@ class Backend(abc.ABC):
         self,
         rho: float,
         *,
+        noise: float = 0.0,
         loss_rise: float = 0.0,
         gradient_scale: torch.Tensor | float = 1.0,
         step: int = 0,
@@ -189,7 +191,8 @@ class Backend(abc.ABC):
         """Perturb the weights from w to w + e, then clear the gradients.
 
         Args:
-            rho (`float`): radius of the perturbation; with `loss_rise` the largest radius.
+            rho (`float`): radius of the perturbation; with `loss_rise` the largest radius; 0 for noise only.
+            noise (`float`, defaults to 0): standard deviation of random noise, relative to each weight.
             loss_rise (`float`, defaults to 0): first-order rise of the loss that determines the radius, in nats; 0 for
                 the radius `rho`.
             gradient_scale (`torch.Tensor` or `float`, defaults to 1): factor that makes the accumulated gradient that
@@ -200,20 +203,24 @@ class Backend(abc.ABC):
         Returns:
             [`~hf_sam.step.perturbation.Perturbation`]: norm and checks, as tensors on the device.
         """
-        fragments = self._fragments()
+        variant = self.variant if rho > 0 else Still()
+        fragments = self._fragments(variant)
         key = f"hf-sam perturbation {self.seed} {step}"
-        norm = self._sum_over_ranks(fragments, perturbation.squared_norms(fragments, self.variant, key)).sqrt()
+        norm = torch.zeros((), device=self.accelerator.device)
+        if rho > 0:
+            norm = self._sum_over_ranks(fragments, perturbation.squared_norms(fragments, variant, key)).sqrt()
         finite = self._finite_on_all_ranks(torch.isfinite(norm))
         radius = perturbation.radius_of(rho, loss_rise, norm * gradient_scale)
         fragments = self._save_weights(fragments)
         moved = perturbation.apply(
             fragments,
-            self.variant,
+            variant,
             perturbation.ascent_scale(radius, norm, finite),
             finite,
             self._noise(step),
             measure,
             key,
+            noise,
         )
         self._publish()
         self.weight_caches.clear()
@@ -257,11 +264,10 @@ class Backend(abc.ABC):
     # Interface of a subclass.
 
     @abc.abstractmethod
-    def _fragments(self) -> list[Fragment]:
-        """The selected weights on this rank that can be perturbed; `master` may be the weight itself.
+    def _fragments(self, variant: Variant) -> list[Fragment]:
+        """The selected weights on this rank, with what the variant needs; `master` may be the weight itself.
 
-        With an ascent pass, these are the ones that have a gradient; for a variant that uses moments of the optimizer,
-        the ones that the optimizer has stepped.
+        Weights without the gradient or the moments that the variant needs are left out.
         """
 
     @abc.abstractmethod

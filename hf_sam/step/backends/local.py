@@ -87,30 +87,28 @@ class LocalBackend(Backend):
                 self._abandon_iteration()
             self._reshard()
 
-    def _fragments(self):
+    def _fragments(self, variant):
         fragments = []
         for name, param in self.selected.items():
-            grad, moments = self._gradient(param), self._moments(param)
-            if moments is not None and (grad is not None or self.variant.passes == 1):
-                fragments.append(_fragment(name, param, grad, moments))
+            grad = self._gradient(param) if variant.passes == 2 else None
+            if grad is not None or variant.passes == 1:
+                fragments.append(_fragment(name, param, grad, self._moments(param, variant)))
         return fragments
 
     def _gradient(self, param) -> torch.Tensor | None:
         """This rank's part of the ascent gradient; None if there is none."""
         grad = param.grad
-        if grad is None or self.variant.passes == 1:
+        if grad is None:
             return None
         if isinstance(param, DTensor):
             # Sequence parallelism leaves partial sums that must be reduced over the ranks.
             return grad.redistribute(param.device_mesh, param.placements).to_local()
         return grad.to_dense() if grad.is_sparse else grad
 
-    def _moments(self, param) -> dict[str, torch.Tensor] | None:
-        """This rank's part of the moments that the variant uses; None if the optimizer has not stepped the weight."""
-        if not self.variant.moments:
-            return {}
-        moments = moments_of(param, self.optimizers(), self.variant.moments)
-        return moments and {kind: local_shard(moment) for kind, moment in moments.items()}
+    def _moments(self, param, variant) -> dict[str, torch.Tensor]:
+        """This rank's part of the moments that the variant uses."""
+        moments = moments_of(param, self.optimizers(), variant.moments)
+        return {kind: local_shard(moment) for kind, moment in moments.items()}
 
     def _save_weights(self, fragments):
         copies = [torch.empty_like(fragment.weight) for fragment in fragments]

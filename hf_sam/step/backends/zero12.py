@@ -43,23 +43,21 @@ class Zero12Backend(ZeroBackend):
         # The groups of DeepSpeed's optimizer hold its flat partitions.
         return [param for group in self.optimizer.bit16_groups for param in group]
 
-    def _fragments(self):
+    def _fragments(self, variant):
         optimizer = self.optimizer
         names = {id(param): name for name, param in self.selected.items()}
         if optimizer.cpu_offload:
             # Gradients are copied to the CPU asynchronously.
             get_accelerator().synchronize()
         fragments = []
-        ascends, wanted = self.variant.passes == 2, self.variant.moments
+        ascends = variant.passes == 2
         for group, params in enumerate(optimizer.params_in_partition):
             rank = dist.get_rank(group=optimizer.real_dp_process_group[group])
             weights = optimizer.parallel_partitioned_bit16_groups[group][rank].detach()
             flat = optimizer.single_partition_of_fp32_groups[group]
             masters = flat.detach()
             grads = self._partition_gradients(group) if ascends else None
-            moments = moments_of(flat, [optimizer.optimizer], wanted) if wanted else {}
-            if moments is None:
-                continue  # before the first step of the optimizer
+            moments = moments_of(flat, [optimizer.optimizer], variant.moments)
             for param in params:
                 if id(param) not in names:
                     continue

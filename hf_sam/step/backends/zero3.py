@@ -49,15 +49,12 @@ class Zero3Backend(ZeroBackend):
         positions, key = self.optimizer.grad_position, self.optimizer.get_param_id
         self.selected = {name: param for name, param in self.selected.items() if key(param) in positions}
 
-    def _fragments(self):
+    def _fragments(self, variant):
         if self.optimizer.offload_optimizer:
             # Gradients are copied to the CPU asynchronously.
             get_accelerator().synchronize()
         fragments = []
         for name, param in self.selected.items():
-            moments = self._moments(param)
-            if moments is None:
-                continue  # before the first step of the optimizer
             shard = param.ds_tensor.detach().view(-1)
             fragments.append(
                 Fragment(
@@ -66,8 +63,8 @@ class Zero3Backend(ZeroBackend):
                     first=self.accelerator.process_index * shard.numel(),
                     weight=shard,
                     master=self._master(param),
-                    grad=self._gradient(param) if self.variant.passes == 2 else None,
-                    moments=moments,
+                    grad=self._gradient(param) if variant.passes == 2 else None,
+                    moments=self._moments(param, variant.moments),
                 )
             )
         return fragments
@@ -75,13 +72,11 @@ class Zero3Backend(ZeroBackend):
     def _gradient(self, param):
         return self.optimizer._get_fp32_grad_state_partition(param, release_swap_buffers=True)[0].view(-1)
 
-    def _moments(self, param):
-        if not self.variant.moments:
-            return {}
+    def _moments(self, param, wanted):
         group, start, numel = self.optimizer.grad_position[self.optimizer.get_param_id(param)]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
-        moments = moments_of(flat, [self.optimizer.optimizer], self.variant.moments)
-        return moments and {kind: moment.narrow(0, start, numel) for kind, moment in moments.items()}
+        moments = moments_of(flat, [self.optimizer.optimizer], wanted)
+        return {kind: moment.narrow(0, start, numel) for kind, moment in moments.items()}
 
     def _master(self, param):
         # Not DeepSpeed's public accessors, which copy offloaded shards to the accelerator.

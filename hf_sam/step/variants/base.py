@@ -66,7 +66,9 @@ class Piece:
         return squares.sqrt().expand(-1, 2).reshape(self.weight.shape)
 
     def moment(self, kind: str) -> torch.Tensor:
-        """The `"first"` or `"second"` moment of the optimizer. Do not modify it."""
+        """The `"first"` or `"second"` moment of the optimizer; 0 before its first step. Do not modify it."""
+        if kind not in self._moments:
+            return torch.zeros_like(self.gradient)
         return self._like_gradient(self._moments[kind])
 
     def noise(self) -> torch.Tensor:

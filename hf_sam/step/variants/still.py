@@ -1,0 +1,20 @@
+"""No direction: for steps that only add noise to the weights."""
+
+import torch
+
+from .base import Variant
+
+
+class Still(Variant):
+    """e = 0. Not registered."""
+
+    name = "still"
+    equation = "e = 0"
+    source = ""
+    passes = 1
+
+    def squared_norm(self, piece):
+        return torch.zeros((), device=piece.gradient.device)
+
+    def to_direction(self, pieces):
+        torch._foreach_zero_([piece.gradient for piece in pieces])
