@@ -111,8 +111,9 @@ def test_overflow_on_one_rank_is_a_plain_step_on_all(results, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_resumed_run_is_bitwise_the_uninterrupted_one(results, strategy):
-    outcome = results(strategy, "resumed")
+@pytest.mark.parametrize("name", ["resumed", "resumed_momentum"])
+def test_resumed_run_is_bitwise_the_uninterrupted_one(results, strategy, name):
+    outcome = results(strategy, name)
     assert_ran(outcome, strategy)
     if "again" not in outcome:
         pytest.skip(outcome["unsupported"])

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from distributed import measures, scenarios
+from distributed import counts, measures, scenarios
 from distributed.cases import GLOBAL_BATCH, Case, cases_of
 from distributed.strategies import allow_fsdp_on_cpu, strategy_arguments
 from torch.distributed.fsdp import FSDPModule
@@ -142,7 +142,7 @@ def main():
     for case in cases_of(strategy):
         if not names or case.name in names:
             run(strategy, case, Path(output_dir))
-    for scenario in (*scenarios.ALL, *measures.ALL):
+    for scenario in (*scenarios.ALL, *measures.ALL, counts.counted):
         if not names or scenario.__name__ in names:
             scenario(strategy, Path(output_dir))
 
