@@ -282,7 +282,6 @@ class SAMStep:
             with self.backend.descent_pass():
                 yield self._perturb()
             self.backend.restore()
-        self._loop_state.end_step()
         self.step += 1
         self.acted += 1
 
@@ -388,7 +387,6 @@ class SAMStep:
             self._perturb()
             losses = self._passes.single(window)
         self.backend.restore()
-        self._loop_state.end_step()
         return sum(losses)
 
     def _perturb(self, gradient_scale: torch.Tensor | float = 1.0, measure: bool = False) -> Perturbation:

@@ -51,7 +51,7 @@ def test_a_step_has_one_pass(tmp_path):
     assert noisy_run(tmp_path / "some", sam_rho=RHO, sam_ascent_micro_batches=1)[1] == (4 * 4, 4 * 4)
 
 
-def test_states_and_logs_are_those_of_plain_training(tmp_path):
+def test_states_and_logs_are_those_of_plain_training(tmp_path, caplog):
     plain, _ = noisy_run(tmp_path / "plain", Trainer)
     random_state = torch.get_rng_state()
     run, _ = noisy_run(tmp_path / "momentum", **MOMENTUM)
@@ -59,6 +59,7 @@ def test_states_and_logs_are_those_of_plain_training(tmp_path):
     assert run.model.norm.num_batches_tracked == plain.model.norm.num_batches_tracked == 12
     assert run.state.total_flos == plain.state.total_flos
     assert [set(log) for log in step_logs(run)] == [set(log) for log in step_logs(plain)]
+    assert not [record for record in caplog.records if record.name.startswith("hf_sam")]
     # The momentum is zero in the first step, so it is a plain one; the others are not.
     assert step_logs(run)[0] == step_logs(plain)[0]
     assert step_logs(run)[-1]["loss"] != step_logs(plain)[-1]["loss"]
