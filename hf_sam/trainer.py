@@ -114,6 +114,7 @@ class SAMMixin:
         self._sam: SAMStep | None = None
         self._sam_inside = False
         self._sam_reached = False
+        self._sam_moments_checked = True  # `create_scheduler` checks
         self._sam_warned: set[str] = set()
         self._sam_scheduler_given = self.lr_scheduler is not None
         self._check_sam()
@@ -133,6 +134,8 @@ class SAMMixin:
 
     def _sam_training_step(self, host_step: Callable, model, inputs, *args, **kwargs):
         self._sam_reached = True
+        if not self._sam_moments_checked and self.state.global_step > 0:
+            self._check_moments(self.optimizer)
         if self._sam_inside or not self._sam_acts():
             return host_step(model, inputs, *args, **kwargs)
         micro_batches = self._micro_batches()
@@ -325,9 +328,11 @@ class SAMMixin:
         select_names(trainable.keys() | outside.keys(), self.args.sam_target_modules, self.args.sam_exclude_modules)
 
     def _check_moments(self, optimizer):
+        """Fail early, and not in the first SAM step of a long run, if the optimizer lacks what the variant needs."""
         moments = VARIANTS[self.args.sam_variant].moments
-        if self.args.uses_sam and moments and isinstance(optimizer, torch.optim.Optimizer):
-            check_optimizer(optimizer, moments)
+        self._sam_moments_checked = not (self.args.uses_sam and moments)
+        if not self._sam_moments_checked and isinstance(optimizer, torch.optim.Optimizer):
+            self._sam_moments_checked = check_optimizer(optimizer, moments)
 
     def _takes_arguments(self) -> bool:
         """Whether the constructor of the base trainer has a parameter `args`."""

@@ -32,8 +32,11 @@ def moments_of(param: torch.Tensor, optimizers: Iterable, wanted: tuple[str, ...
     return {}
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, wanted: tuple[str, ...]) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, wanted: tuple[str, ...]) -> bool:
     """Check, also before its first step, that an optimizer keeps the moments.
+
+    Returns:
+        `bool`: whether it is certain; if not, check again after the first step.
 
     Raises:
         ValueError: if it does not; the message names the optimizer and the remedy.
@@ -43,10 +46,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer, wanted: tuple[str, ...]) -
     for param, state in optimizer.state.items():
         if state and isinstance(param, torch.Tensor):
             _check({kind: _find(state, kind, param.shape) for kind in wanted}, optimizer)
-            return
+            return True
     state = _state_after_a_step(optimizer)
     if state is not None:
         _check({kind: _find(state, kind, torch.Size((2, 2))) for kind in wanted}, optimizer)
+    return state is not None
 
 
 def _find(state: dict, kind: str, shape: torch.Size) -> torch.Tensor | None:
@@ -57,9 +61,11 @@ def _find(state: dict, kind: str, shape: torch.Size) -> torch.Tensor | None:
 def _check(found: dict[str, torch.Tensor | None], optimizer) -> None:
     missing = [kind for kind, value in found.items() if value is None]
     if missing:
+        kind = type(optimizer)
+        name = f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
         raise ValueError(
-            f"This SAM variant uses the {missing[0]} moment of the optimizer, but {type(optimizer).__name__} keeps "
-            "none in the shape of the weights. Use AdamW, e.g. optim='adamw_torch', or another sam_variant."
+            f"This SAM variant uses the {missing[0]} moment of the optimizer, but {name} keeps none in the shape of "
+            "the weights. Use an optimizer that does, e.g. AdamW (optim='adamw_torch'), or another sam_variant."
         )
 
 

@@ -91,13 +91,41 @@ def test_it_starts_in_mid_run_with_the_momentum_that_is_there(tmp_path):
         torch.testing.assert_close(param, named[name], rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("optim", ["adafactor", "sgd", "rmsprop"])
-def test_optimizers_without_momentum_are_refused_before_training(tmp_path, optim):
+@pytest.mark.parametrize(
+    ("optim", "name"),
+    [
+        ("adafactor", "transformers's Adafactor"),
+        ("sgd", "torch's SGD"),
+        ("rmsprop", "torch's RMSprop"),
+        ("adamw_bnb_8bit", "bitsandbytes's AdamW"),
+    ],
+)
+def test_optimizers_without_momentum_are_refused_before_training(tmp_path, optim, name):
     run = trainer(tmp_path, optim=optim, sam_start_steps=100, max_steps=200, **MOMENTUM)
-    name = {"adafactor": "Adafactor", "sgd": "SGD", "rmsprop": "RMSprop"}[optim]
-    with pytest.raises(ValueError, match=f"first moment of the optimizer, but {name} keeps none.* Use AdamW"):
+    with pytest.raises(ValueError, match=f"first moment of the optimizer, but {name} keeps none.* e.g. AdamW"):
         run.train()
     assert run.state.global_step == 0
+
+
+def test_an_optimizer_that_cannot_be_probed_is_refused_after_its_first_step(tmp_path):
+    class Other(torch.optim.SGD):
+        """Cannot be created from its defaults."""
+
+        def __init__(self, params, size):
+            super().__init__(params, lr=0.01)
+
+        def step(self, closure=None):
+            super().step(closure)
+            self.state[self.param_groups[0]["params"][0]]["count"] = 1
+
+    model = olmo2()
+    args = arguments(tmp_path, sam_start_steps=100, max_steps=200, **MOMENTUM)
+    run = SAMTrainer(
+        model=model, args=args, train_dataset=token_dataset(), optimizers=(Other(model.parameters(), 2), None)
+    )
+    with pytest.raises(ValueError, match="Other keeps none"):
+        run.train()
+    assert run.state.global_step == 1
 
 
 @pytest.mark.parametrize(
