@@ -1,4 +1,4 @@
-"""`SAMTrainer`, and the mixin that adds the two-pass step to any `Trainer`."""
+"""`SAMTrainer`, and the mixin that adds the SAM step to any `Trainer`."""
 
 import contextlib
 import functools
@@ -69,12 +69,13 @@ class SAMMixin:
     """Sharpness-aware training for any [`~transformers.Trainer`] subclass: `class MyTrainer(SAMMixin, Base)`.
 
     Each optimizer step in the SAM window runs two passes over its micro-batches: the ascent pass computes the ascent
-    gradient g, the descent pass the gradient at w + e. `Trainer` clips this gradient and steps from w. All other steps,
-    and all steps with `sam_rho=0`, are those of `Trainer`. If you override `training_step`, in a base class or a
-    subclass, it is called for each micro-batch of both passes, and can change the gradients of both.
+    gradient g, the descent pass the gradient at w + e. `Trainer` clips this gradient and steps from w. With
+    `sam_variant="momentum"` or only `sam_noise`, there is no ascent pass. All other steps, and all steps with
+    `sam_rho=0`, are those of `Trainer`. If you override `training_step`, in a base class or a subclass, it is called
+    for each micro-batch of both passes, and can change the gradients of both.
 
-    The arguments must have the fields of [`SAMArguments`]. The logged `loss` is always the loss at the unperturbed
-    weights. In steps with SAM, the metrics of [`~hf_sam.step.metrics.SAMMetrics`] are logged, too.
+    The arguments must have the fields of [`SAMArguments`]. In steps with an ascent pass, the logged `loss` is the loss
+    at the unperturbed weights, and the metrics of [`~hf_sam.step.metrics.SAMMetrics`] are logged, too.
 
     Class attributes:
         sam_recorded (`tuple[str, ...]`): attributes of the trainer that `compute_loss` writes to: numbers, containers,

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class _Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, from when they appear until they are freed."""
 
     def __init__(self):
@@ -42,6 +42,6 @@ def _tensors(value) -> list[torch.Tensor]:
 
 def peak_bytes(work: Callable) -> int:
     """The largest number of bytes that `work` held in tensors at one time."""
-    with _Tracker() as tracker:
+    with Tracker() as tracker:
         work()
     return tracker.peak

@@ -225,5 +225,14 @@ def _sum_on(device, moved):
     return torch.stack([pair.to(device) for pair in moved]).sum(0) if moved else torch.zeros(2, device=device)
 
 
+def sum_on(device: torch.device, values: list[torch.Tensor]) -> torch.Tensor:
+    """Sum of numbers on `device`, shape `()`; those on another device are summed there before one transfer."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for value in values:
+        by_device.setdefault(value.device, []).append(value)
+    sums = [torch.stack(some).sum().to(device) for some in by_device.values()]
+    return sum(sums[1:], sums[0]) if sums else torch.zeros((), device=device)
+
+
 def _sum(values: list[torch.Tensor]) -> torch.Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).sum()

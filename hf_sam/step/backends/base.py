@@ -283,8 +283,7 @@ class Backend(abc.ABC):
 
     def _sum_over_ranks(self, fragments: list[Fragment], values: list[torch.Tensor]) -> torch.Tensor:
         """Sum one fp32 number per fragment over this rank and all ranks with other shards; shape `()`."""
-        device = self.accelerator.device
-        return torch.stack([value.to(device) for value in values]).sum() if values else torch.zeros((), device=device)
+        return perturbation.sum_on(self.accelerator.device, values)
 
     def _finite_on_all_ranks(self, finite: torch.Tensor) -> torch.Tensor:
         """Whether the gradient is finite on all ranks. A norm over all shards is the same on all ranks already."""

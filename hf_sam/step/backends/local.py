@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...runtime.sharding import flat_offset, local_shard
 from ..moments import moments_of
-from ..perturbation import Fragment
+from ..perturbation import Fragment, sum_on
 from .base import Backend
 from .ddp import check_replicas, is_in_join_context, replayed_hook_states
 
@@ -140,7 +140,7 @@ class LocalBackend(Backend):
 
     def _sum_over_ranks(self, fragments, values):
         device = self.accelerator.device
-        by_name = {fragment.name: value.to(device) for fragment, value in zip(fragments, values, strict=True)}
+        by_name = {fragment.name: value for fragment, value in zip(fragments, values, strict=True)}
         zero = torch.zeros((), device=device)
         # One sum per set of mesh dimensions that shard a parameter. Replicated dimensions hold the same values and are
         # not summed over. All ranks iterate over all selected parameters, with or without gradient, in the same order.
@@ -151,13 +151,13 @@ class LocalBackend(Backend):
                 sums.setdefault(_shard_groups(param), []).append(by_name.get(name, zero))
         total = zero
         for groups, parts in sums.items():
-            value = torch.stack(parts).sum()
+            value = sum_on(device, parts)
             for group in groups:
                 dist.all_reduce(value, group=group)
             total = total + value
         if unsynchronized:
             # Their gradients are not averaged over the ranks, but all ranks must divide by the same norm.
-            value = torch.stack([by_name.get(name, zero) for name in self.selected if name in unsynchronized]).sum()
+            value = sum_on(device, [by_name.get(name, zero) for name in self.selected if name in unsynchronized])
             total = total + self.accelerator.reduce(value, reduction="mean")
         return total
 
