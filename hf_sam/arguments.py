@@ -190,6 +190,11 @@ class SAMArguments:
         """`sam_rho`, or infinity if only `sam_loss_rise` limits the radius."""
         return self.sam_rho if self.sam_rho > 0 or not self.sam_loss_rise else math.inf
 
+    @property
+    def ascends(self) -> bool:
+        """Whether steps with SAM have an ascent pass."""
+        return self.largest_radius > 0 and VARIANTS[self.sam_variant].passes == 2
+
     def layout_dependence(self) -> dict:
         """Settings of the hardware layout that change the result of a run with SAM, by name.
 

@@ -67,7 +67,7 @@ def _section(args: SAMArguments, settings: dict, log_history: list[dict], histor
         [_PAPER],
     )
     if args.uses_sam:
-        lines = [_SAM, "", _what_happened(history)]
+        lines = [_SAM, "", _what_happened(args, history)]
         papers.append(_SAM_PAPER)
     lines += ["", "| setting | value |", "| --- | --- |"]
     lines += [f"| `{name}` | {value} |" for name, value in settings.items()]
@@ -77,10 +77,11 @@ def _section(args: SAMArguments, settings: dict, log_history: list[dict], histor
     return "\n".join([*lines, "", "### Citation of the method", "", "```bibtex", *papers, "```"])
 
 
-def _what_happened(history: SAMHistory) -> str:
+def _what_happened(args: SAMArguments, history: SAMHistory) -> str:
     if not history.acted:
         return (
             f"{history.summary()} SAM was configured as below, but all gradients were computed at the unperturbed "
             "weights, as in plain training."
         )
-    return f"{history.summary()} In these steps, the gradient was computed at the perturbed weights w + e."
+    where = "the worst weights nearby" if args.ascends else "perturbed weights"
+    return f"{history.summary()} In these steps, the gradient was computed at {where}."

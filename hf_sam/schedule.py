@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from .arguments import SAMArguments
 from .step.counts import ascent_count, resolve_count
-from .step.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,9 @@ class SAMWindow:
 
 def extra_passes(args: SAMArguments, micro_batches: int) -> float:
     """Passes over the `micro_batches` of a SAM step in addition to a plain step; 1 if the ascent pass uses all."""
-    if args.largest_radius == 0:
+    if not args.ascends:
         return 0.0
-    fraction = ascent_count(args.sam_ascent_micro_batches, micro_batches) / micro_batches
-    return (VARIANTS[args.sam_variant].passes - 1) * fraction
+    return ascent_count(args.sam_ascent_micro_batches, micro_batches) / micro_batches
 
 
 def annealing_kwargs(args: SAMArguments, max_steps: int, warmup_steps: int) -> dict:

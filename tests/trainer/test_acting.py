@@ -26,7 +26,7 @@ def warnings_of(caplog, run) -> str:
         ({"sam_start_steps": 10}, "SAM never acts in this run: its window of steps 10 to 4"),
         ({"sam_start_steps": 10, "sam_end_steps": 20}, "SAM never acts in this run"),
         ({"sam_interval": 8}, "SAM acts in only one step of this run: sam_interval=8 is too large"),
-        ({"sam_rho": 0.0, "sam_interval": 2}, "SAM is off: sam_rho is 0, so sam_interval has no effect"),
+        ({"sam_rho": 0.0, "sam_interval": 2}, "SAM is off: sam_rho, sam_loss_rise and sam_noise are 0, so sam_interval has no effect"),
         ({"sam_rho": 0.0, "sam_variant": "asam", "sam_end_steps": 2}, "sam_variant, sam_end_steps have no effect"),
     ],
 )
@@ -100,6 +100,8 @@ def card_of(run) -> str:
 def test_the_model_card_states_what_happened(tmp_path):
     acted = card_of(trainer(tmp_path / "a", sam_rho=0.05, max_steps=4, sam_interval=2))
     assert "SAM acted in 2 of 4 steps. In these steps, the gradient was computed at the worst weights nearby." in acted
+    noisy = card_of(trainer(tmp_path / "c", sam_noise=0.1, max_steps=2))
+    assert "SAM acted in 2 of 2 steps. In these steps, the gradient was computed at perturbed weights." in noisy
     never = card_of(trainer(tmp_path / "b", sam_rho=0.05, max_steps=2, sam_start_steps=10))
     assert "SAM acted in 0 of 2 steps." in never
     assert "computed at the unperturbed weights, as in plain training" in never

@@ -114,7 +114,7 @@ def test_flags_of_sam_stand_together_in_the_help_of_any_parser(capsys, base):
     ours = [flag for flag in flags if flag in SAMArguments.__dataclass_fields__]
     first = flags.index(ours[0])
     assert flags[first : first + len(ours)] == ours == list(SAMArguments.__dataclass_fields__)
-    assert text.count("[SAM]") == 10
+    assert text.count("[SAM]") == 12
     assert text.count("[annealing]") == 3
 
 
