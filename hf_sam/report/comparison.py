@@ -12,7 +12,7 @@ from .document import Document
 from .export import write_numbers
 from .methods import SEED_PATTERN, Method, group_by_seed
 from .pages import change_text, loss_text
-from .plots import plot_sweeps
+from .plots import plot_costs, plot_sweeps
 from .summary import benchmark_settings, summarize
 from .tables import MISSING, NOT_ASKED, add_tables, add_verdict
 
@@ -70,6 +70,7 @@ def comparison_report(
     add_verdict(document, summary)
     _sweeps(document, results, methods)
     add_tables(document, summary)
+    _costs(document, summary)
     _runs(document, results)
     _bases(document, results)
     _benchmarks(document, results)
@@ -132,6 +133,13 @@ def _sweeps(document: Document, results: Sequence[Results], methods: Sequence[Me
         return
     caption = "Left: what was lost, against the task loss. Right: the loss on old data where it ended. 95% intervals."
     document.figure("frontier", plot_sweeps(by_method), caption)
+
+
+def _costs(document: Document, summary: dict) -> None:
+    if (picture := plot_costs(summary)) is not None:
+        document.heading("What it costs")
+        caption = "How much less each run loses than the reference, against the cost of its training. 95% intervals."
+        document.figure("costs", picture, caption)
 
 
 def _runs(document: Document, results: Sequence[Results]) -> None:

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..runtime.figure import panels, styles
-from ..statistics import TunedRun, forgetting, pareto_frontier
+from ..statistics import Estimate, TunedRun, forgetting, pareto_frontier
 from ..statistics.curves import curve
+from .summary import cost_of_training
 
+_COST = "cost of training, in that of the reference\ncheaper to the left"
 _TASK = "held-out task loss after fine-tuning (nats per token)\nbetter to the right"
 
 
@@ -35,6 +37,38 @@ def plot_sweeps(sweeps: Mapping[str, Sequence[Sequence[TunedRun]]]) -> bytes:
             both[0].legend()
         else:  # would cover the curves
             both[0].figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        return render()
+
+
+def plot_costs(summary: dict) -> bytes | None:
+    """How much less each method loses than the reference, against the cost of its training.
+
+    Args:
+        summary (`dict`): see [`~hf_sam.report.summary.summarize`].
+
+    Returns:
+        `bytes` or `None`: a PNG; None if the costs of fewer than two methods besides the reference are known.
+    """
+    names = [name for name in summary["runs"] if name != summary["reference"]]
+    costs = {name: cost for name in names if (cost := cost_of_training(summary, name)) is not None}
+    found = {"forgetting": {name: (summary["runs"][name]["fine-tuned"] or {}).get("reduction") for name in costs}}
+    for scheme in summary["runs"][summary["reference"]]["quantized"]:
+        found[f"damage of {scheme}"] = {name: summary["runs"][name]["quantized"][scheme]["reduction"] for name in costs}
+    found = {what: by_name for what, by_name in found.items() if any(by_name.values())}
+    if len(costs) < 2 or not found:
+        return None
+    labels = [(_COST, f"reduction of {what} (%)\nhigher is better", what) for what in found]
+    with panels(*labels) as (render, all_axes):
+        for axes, by_name in zip(all_axes, found.values(), strict=True):
+            axes.axhline(0, color="grey", linewidth=0.8)
+            for name, style in styles(summary["runs"]).items():
+                reduction = by_name.get(name)
+                if reduction is not None:
+                    estimate = Estimate.from_dict(reduction)
+                    bars = _bars(estimate.value, estimate.low, estimate.high)
+                    axes.errorbar(costs[name], estimate.value, yerr=bars, **style, linestyle="", capsize=2)
+        legend = dict(pair for axes in all_axes for pair in zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        all_axes[0].figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4)
         return render()
 
 

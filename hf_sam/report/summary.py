@@ -59,6 +59,14 @@ def summarize(results: Sequence[Results], pattern: str = SEED_PATTERN) -> dict:
     return summary
 
 
+def cost_of_training(summary: dict, name: str) -> float | None:
+    """Passes over the data in the training of a base, as a multiple of those of the reference; None if not known."""
+    took, first = ((summary["runs"][one]["training"] or {}) for one in (name, summary["reference"]))
+    if "passes" not in took or "passes" not in first:
+        return None
+    return took["own_steps"] * took["passes"] / (first["own_steps"] * first["passes"])
+
+
 def _point(one: Results, run) -> dict:
     return {
         "evaluation": one.name,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from ..runtime.markdown import code
 from ..statistics import Estimate
 from .document import Cell, Document
+from .summary import cost_of_training
 from .verdict import verdict, without_equal_compute
 
 # In a cell: what was asked for and could not be measured, and what was not asked for.
@@ -60,7 +61,7 @@ def overview(summary: dict) -> tuple[list[str], list[list[str | Cell]]]:
     rows = []
     for name, run in summary["runs"].items():
         is_reference = name == summary["reference"]
-        row: list[str | Cell] = [name, *([_cost(run, summary)] if trained else [])]
+        row: list[str | Cell] = [name, *([_cost(name, summary)] if trained else [])]
         row.append(marked(_number(run["base loss"]), run["base difference"], less_is_better=True))
         end = run["base difference"]
         if fine_tuned:
@@ -107,12 +108,9 @@ def _took(run: dict) -> dict:
     return took if "passes" in took else {}
 
 
-def _cost(run: dict, summary: dict) -> str:
-    """Passes of the training of the base, as a multiple of those of the reference."""
-    took, first = _took(run), _took(summary["runs"][summary["reference"]])
-    if not took or not first:
-        return NOT_ASKED
-    return f"{took['own_steps'] * took['passes'] / (first['own_steps'] * first['passes']):.2f}x"
+def _cost(name: str, summary: dict) -> str:
+    cost = cost_of_training(summary, name)
+    return NOT_ASKED if cost is None else f"{cost:.2f}x"
 
 
 def _add_training(document: Document, summary: dict) -> None:

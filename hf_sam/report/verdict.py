@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from ..evaluation.results import Results
 from ..runtime.markdown import code
 from ..statistics import Estimate, forgetting
+from .summary import cost_of_training
 
 # More fine-tuned models than this are not listed one by one.
 _SHOWN = 4
@@ -136,10 +137,9 @@ def _higher_or_lower(difference: Mapping, where: str) -> str:
 
 
 def _cost(summary: dict, name: str) -> str:
-    took, first = ((summary["runs"][one]["training"] or {}) for one in (name, summary["reference"]))
-    if "passes" not in took or "passes" not in first:
+    cost = cost_of_training(summary, name)
+    if cost is None:
         return ""
-    cost = took["own_steps"] * took["passes"] / (first["own_steps"] * first["passes"])
     sentence = f"Its training took {cost:.2f} times the passes of {code(summary['reference'])}"
     return f"{sentence}, more than any run without SAM." if name in without_equal_compute(summary) else f"{sentence}."
 

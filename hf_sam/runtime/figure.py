@@ -57,7 +57,7 @@ def panels(*labels: tuple[str, str, str]) -> Iterator[tuple[Callable[[], bytes],
 def styles(names: Iterable[str]) -> dict[str, dict]:
     """Colour, marker and legend of the curve of each name, as keyword arguments of matplotlib."""
     return {
-        name: {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "label": literal(name)}
+        name: {"color": f"C{i % 10}", "marker": _MARKERS[(i + i // 10) % len(_MARKERS)], "label": literal(name)}
         for i, name in enumerate(names)
     }
 

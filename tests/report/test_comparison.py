@@ -10,6 +10,8 @@ from hf_sam import commands
 from hf_sam.evaluation import Results
 from hf_sam.instruments import INSTRUMENTS
 from hf_sam.report.comparison import comparison_report
+from hf_sam.report.summary import cost_of_training
+from hf_sam.runtime.figure import styles
 
 TOKENS = [100, 80, 120, 90]
 
@@ -180,3 +182,25 @@ def test_folders_without_results(tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"name": "x"}')
     assert commands.main(["report", str(tmp_path)]) == 2
     assert "not the record of an evaluation" in capsys.readouterr().err
+
+
+def test_a_picture_of_what_reductions_cost():
+    def trained(name, passes, **settings):
+        made = record(name, **settings)
+        made["models"][0]["training"] = {"own_steps": 10, "sam_steps": 5, "passes": passes}
+        return Results(made)
+
+    less = {"runs": ((2.0, 0.1), (1.5, 0.25), (1.0, 0.5)), "damage": 0.03}
+    runs = [trained("AdamW", 1.0), trained("SAM", 2.0, **less), trained("momentum", 1.0, **less)]
+    document, summary = comparison_report(runs)
+    assert [cost_of_training(summary, name) for name in summary["runs"]] == [1.0, 2.0, 1.0]
+    assert "costs.png" in document.markdown()
+    # One run besides the reference is a point, and runs whose training is not known have no cost.
+    assert "costs.png" not in comparison_report(runs[:2])[0].markdown()
+    unknown = [Results(record(name, **less)) for name in ("a", "b")]
+    assert "costs.png" not in comparison_report([runs[0], *unknown])[0].markdown()
+
+
+def test_each_of_many_methods_has_a_style_of_its_own():
+    looks = [(style["color"], style["marker"]) for style in styles(map(str, range(40))).values()]
+    assert len(set(looks)) == 40

@@ -26,7 +26,10 @@ def warnings_of(caplog, run) -> str:
         ({"sam_start_steps": 10}, "SAM never acts in this run: its window of steps 10 to 4"),
         ({"sam_start_steps": 10, "sam_end_steps": 20}, "SAM never acts in this run"),
         ({"sam_interval": 8}, "SAM acts in only one step of this run: sam_interval=8 is too large"),
-        ({"sam_rho": 0.0, "sam_interval": 2}, "SAM is off: sam_rho, sam_loss_rise and sam_noise are 0, so sam_interval has no effect"),
+        (
+            {"sam_rho": 0.0, "sam_interval": 2},
+            "SAM is off: sam_rho, sam_loss_rise and sam_noise are 0, so sam_interval has no effect",
+        ),
         ({"sam_rho": 0.0, "sam_variant": "asam", "sam_end_steps": 2}, "sam_variant, sam_end_steps have no effect"),
     ],
 )
