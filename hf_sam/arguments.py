@@ -28,7 +28,6 @@ class SAMArguments:
         sam_loss_rise (`float`, *optional*, defaults to `0.0`):
             If not 0, the radius of each step is `sam_loss_rise` \\(/ \|g\|\\), so that the loss rises by this number
             of nats to first order (arXiv 2605.10183), but at most `sam_rho`, if that is set, too.
-            `hf-sam suggest-rho` measures both for a model.
         sam_variant (`str`, *optional*, defaults to `"sam"`):
             Name of the variant, which defines the perturbation. `"sam"`: as above. `"asam"`, adaptive SAM:
             \\(e = \rho |w|^2 g / \| |w| g\|\\) elementwise (arXiv 2102.11600, eq. 8); its \\(\rho\\) is on another
@@ -38,7 +37,7 @@ class SAMArguments:
         sam_noise (`float`, *optional*, defaults to `0.0`):
             Adds \\(s w u\\) to the perturbation, elementwise, with \\(s\\) this number and \\(u\\) uniform of mean 0
             and variance 1, in each step of the window, also in those that `sam_interval` leaves out. Needs no ascent
-            pass, so it also works alone, with `sam_rho=0`, at the cost of plain training. Prepares for quantization
+            pass, so it also works alone, with `sam_rho=0` and the passes of plain training. Prepares for quantization
             (arXiv 2412.06858).
         sam_ascent_micro_batches (`float`, *optional*):
             Number of micro-batches in the ascent pass; below 1, the fraction of the step's micro-batches. All of them
@@ -170,9 +169,10 @@ class SAMArguments:
         unclaimed = not getattr(self, "_claimed_by_sam", False)
         if unclaimed and (self.uses_sam or self.anneal_steps is not None):
             logger.warning(
-                f"{type(self).__name__} sets sam_rho={self.sam_rho:g} and anneal_steps={self.anneal_steps}, but the "
-                "trainer that uses it does not support SAM, so they have no effect. Use hf_sam.SAMTrainer, "
-                "hf_sam.SAMSFTTrainer, or hf_sam.with_sam(YourTrainer)."
+                f"{type(self).__name__} sets sam_rho={self.sam_rho:g}, sam_loss_rise={self.sam_loss_rise:g}, "
+                f"sam_noise={self.sam_noise:g} and anneal_steps={self.anneal_steps}, but the trainer that uses it does "
+                "not support SAM, so they have no effect. Use hf_sam.SAMTrainer, hf_sam.SAMSFTTrainer, or "
+                "hf_sam.with_sam(YourTrainer)."
             )
         return super().get_warmup_steps(num_training_steps)
 
@@ -201,15 +201,15 @@ class SAMArguments:
         The ascent gradient of each replica, or of some micro-batches, depends on the number of processes and the size
         of micro-batches. The ascent gradient of the global batch does not, and the result is empty.
         """
-        if self.uses_sam and (self.sam_ascent_sync == "local" or self.sam_ascent_micro_batches is not None):
+        if self.ascends and (self.sam_ascent_sync == "local" or self.sam_ascent_micro_batches is not None):
             return {"world_size": self.world_size, "per_device_train_batch_size": self.per_device_train_batch_size}
         return {}
 
     def unused_sam_fields(self) -> list[str]:
-        """Names of the SAM fields that are set although SAM is off."""
-        if self.uses_sam:
+        """Names of the SAM fields that are set without effect, because SAM is off, or there is only noise."""
+        if self.largest_radius > 0:
             return []
-        known = SAMArguments.__dataclass_fields__
+        known = _DIRECTION_FIELDS if self.uses_sam else SAMArguments.__dataclass_fields__
         return [
             name for name in known if name.startswith("sam_") and getattr(self, name) != _default(SAMArguments, name)
         ]
@@ -286,6 +286,9 @@ class SAMArguments:
 class SAMTrainingArguments(SAMArguments, TrainingArguments):
     """[`~transformers.TrainingArguments`] with the fields of [`SAMArguments`]."""
 
+
+# Fields without effect where there is only noise.
+_DIRECTION_FIELDS = ("sam_variant", "sam_interval", "sam_ascent_micro_batches", "sam_ascent_sync")
 
 _FLOAT_FIELDS = (
     "sam_rho",

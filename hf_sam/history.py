@@ -14,22 +14,30 @@ class SAMHistory(TrainerCallback, ExportableState):
 
     Attributes:
         acted (`int`): optimizer steps with SAM, including skipped ones.
+        noisy (`int`): optimizer steps with `sam_noise`.
         skipped (`int`): SAM steps that were logged with a non-finite ascent gradient, and therefore not perturbed.
         extra_passes (`float`): passes over the micro-batches of a step in addition to plain training.
         steps (`int`): optimizer steps of the finished run.
     """
 
-    _COUNTS = ("acted", "skipped", "extra_passes", "steps")
+    _COUNTS = ("acted", "noisy", "skipped", "extra_passes", "steps")
 
     def __init__(self):
         self._reset()
 
     def _reset(self):
-        self.acted, self.skipped, self.extra_passes, self.steps = 0, 0, 0.0, 0
+        self.acted, self.noisy, self.skipped, self.extra_passes, self.steps = 0, 0, 0, 0.0, 0
 
-    def add(self, extra_passes: float) -> None:
-        """Count a SAM step with this number of passes over its micro-batches in addition to a plain step."""
-        self.acted += 1
+    def add(self, extra_passes: float, moved: bool = True, noise: bool = False) -> None:
+        """Count a step at perturbed weights.
+
+        Args:
+            extra_passes (`float`): passes over its micro-batches in addition to a plain step.
+            moved (`bool`, defaults to `True`): whether the weights moved by `sam_rho`.
+            noise (`bool`, defaults to `False`): whether there was noise on the weights.
+        """
+        self.acted += moved
+        self.noisy += noise
         self.extra_passes += extra_passes
 
     @property
@@ -48,7 +56,8 @@ class SAMHistory(TrainerCallback, ExportableState):
     def summary(self) -> str:
         """The counts in one sentence."""
         skipped = f", of which {self.skipped} were skipped (gradient not finite)" if self.skipped else ""
-        return f"SAM acted in {self.acted} of {self.steps} steps{skipped}."
+        noise = f"; there was noise on the weights in {self.noisy}" if self.noisy else ""
+        return f"SAM acted in {self.acted} of {self.steps} steps{skipped}{noise}."
 
     def state(self) -> dict:
         """The entries that `Trainer` writes into `trainer_state.json`."""
@@ -68,11 +77,12 @@ class SAMHistory(TrainerCallback, ExportableState):
 
     def _warn(self, args, state):
         if unused := args.unused_sam_fields():
+            off = "sam_rho and sam_loss_rise are 0" if args.uses_sam else "sam_rho, sam_loss_rise and sam_noise are 0"
             logger.warning(
-                f"SAM is off: sam_rho, sam_loss_rise and sam_noise are 0, so {', '.join(unused)} "
+                f"{'SAM only adds noise' if args.uses_sam else 'SAM is off'}: {off}, so {', '.join(unused)} "
                 f"{'has' if len(unused) == 1 else 'have'} no effect. Set sam_rho, e.g. sam_rho=0.05."
             )
-        elif args.uses_sam:
+        if args.uses_sam:
             window = SAMWindow.resolve(args, state.max_steps)
             if problem := window.describe_problem(args, state.max_steps):
                 logger.warning(problem)

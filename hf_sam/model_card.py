@@ -58,7 +58,7 @@ def used_settings(args: SAMArguments) -> dict:
 
 
 def _tags(history: SAMHistory) -> list[str]:
-    return ["hf-sam", "sharpness-aware-minimization"] if history.acted else ["hf-sam"]
+    return ["hf-sam", "sharpness-aware-minimization"] if history.acted or history.noisy else ["hf-sam"]
 
 
 def _section(args: SAMArguments, settings: dict, log_history: list[dict], history: SAMHistory) -> str:
@@ -78,6 +78,10 @@ def _section(args: SAMArguments, settings: dict, log_history: list[dict], histor
 
 
 def _what_happened(args: SAMArguments, history: SAMHistory) -> str:
+    if not history.acted and history.noisy:
+        return (
+            f"The gradient was computed with random noise on the weights in {history.noisy} of {history.steps} steps."
+        )
     if not history.acted:
         return (
             f"{history.summary()} SAM was configured as below, but all gradients were computed at the unperturbed "

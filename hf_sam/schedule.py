@@ -56,7 +56,7 @@ class SAMWindow:
                 f"steps of the run, which end at {max_steps}. Set sam_start_steps and sam_end_steps to fractions of "
                 "the run (e.g. 0.75), or train longer."
             )
-        if self.interval > 1 and len(self) == 1:
+        if self.interval > 1 and len(self) == 1 and args.largest_radius > 0:
             return (
                 f"SAM acts in only one step of this run: sam_interval={self.interval} is too large for its window of "
                 f"{self.end - self.start} steps. Lower sam_interval."

@@ -6,7 +6,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 
-import torch
 from accelerate.logging import get_logger
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -18,7 +17,7 @@ from .model_card import describe_in_model_card
 from .records import TrainerLoopState, discard_appended, reachable_from_trainer
 from .schedule import SAMWindow, annealing_kwargs, extra_passes
 from .step.backends import check_supported, has_own_scheduler
-from .step.moments import check_optimizer
+from .step.moments import MomentsCheck
 from .step.parameters import check_perturbable, keep_adapters_in_fp32, select_names, trainable_parameters
 from .step.replay import disable_method, parameters_reached
 from .step.replay.reach import code_names
@@ -115,7 +114,7 @@ class SAMMixin:
         self._sam: SAMStep | None = None
         self._sam_inside = False
         self._sam_reached = False
-        self._sam_moments_checked = True  # `create_scheduler` checks
+        self._sam_moments = MomentsCheck()  # replaced before training
         self._sam_warned: set[str] = set()
         self._sam_scheduler_given = self.lr_scheduler is not None
         self._check_sam()
@@ -135,8 +134,9 @@ class SAMMixin:
 
     def _sam_training_step(self, host_step: Callable, model, inputs, *args, **kwargs):
         self._sam_reached = True
-        if not self._sam_moments_checked and self.state.global_step > 0:
-            self._check_moments(self.optimizer)
+        stepped = self.optimizer is not None and self.state.global_step > 0
+        if stepped and not self.accelerator.optimizer_step_was_skipped:
+            self._sam_moments.after_a_step(self.optimizer)
         if self._sam_inside or not self._sam_acts():
             return host_step(model, inputs, *args, **kwargs)
         micro_batches = self._micro_batches()
@@ -163,7 +163,7 @@ class SAMMixin:
             self._sam = None
             raise
         if sam.acted > acted:
-            self.sam_history.add(self._sam_extra_passes(micro_batches))
+            self.sam_history.add(self._sam_extra_passes(micro_batches), moved=sam.rho > 0, noise=sam.noise > 0)
         return loss
 
     @property
@@ -226,7 +226,7 @@ class SAMMixin:
                 optimizer=self.optimizer,
                 variant=self.args.sam_variant,
                 ascent_micro_batches=self.args.sam_ascent_micro_batches,
-                ascent_sync=self.args.sam_ascent_sync,
+                ascent_sync=self.args.sam_ascent_sync if self.args.ascends else "global",
                 target_modules=self.args.sam_target_modules,
                 exclude_modules=self.args.sam_exclude_modules,
                 seed=self.args.seed,
@@ -255,7 +255,10 @@ class SAMMixin:
         self.args.check_sam()
         self.args.claim_for_sam()
         self._check_sam()
-        self._check_moments(self.optimizer if optimizer is None else optimizer)
+        self._sam_moments = MomentsCheck(
+            VARIANTS[self.args.sam_variant].moments if self.args.largest_radius > 0 else ()
+        )
+        self._sam_moments.before_training(self.optimizer if optimizer is None else optimizer)
         if self.args.anneal_steps is None:
             return super().create_scheduler(num_training_steps, optimizer)
         given = self.args.lr_scheduler_kwargs
@@ -307,7 +310,7 @@ class SAMMixin:
             self._check_annealing()
         if not self.args.uses_sam:
             return
-        check_supported(self.accelerator, self.args.sam_ascent_sync)
+        check_supported(self.accelerator, self.args.sam_ascent_sync if self.args.ascends else "global")
         optim = OptimizerNames(self.args.optim)
         if optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO) or "layerwise" in optim.value:
             raise ValueError(
@@ -327,13 +330,6 @@ class SAMMixin:
         inside = {id(param) for param in self.model.parameters()}
         outside = parameters_reached(reachable_from_trainer(self), inside)
         select_names(trainable.keys() | outside.keys(), self.args.sam_target_modules, self.args.sam_exclude_modules)
-
-    def _check_moments(self, optimizer):
-        """Fail early, and not in the first SAM step of a long run, if the optimizer lacks what the variant needs."""
-        moments = VARIANTS[self.args.sam_variant].moments
-        self._sam_moments_checked = not (self.args.uses_sam and moments)
-        if not self._sam_moments_checked and isinstance(optimizer, torch.optim.Optimizer):
-            self._sam_moments_checked = check_optimizer(optimizer, moments)
 
     def _takes_arguments(self) -> bool:
         """Whether the constructor of the base trainer has a parameter `args`."""

@@ -126,7 +126,10 @@ def _main(argv: list[str] | None) -> int:
     if name not in COMMANDS:
         return run_command("hf-sam", lambda: _unknown_command(name))
     command = COMMANDS[name]
-    return run_command(f"hf-sam {name}", lambda: _run(command, rest), library_errors=not command.runs_a_script)
+    status = run_command(f"hf-sam {name}", lambda: _run(command, rest), library_errors=not command.runs_a_script)
+    if "accelerate" in sys.modules:
+        importlib.import_module("..runtime.distributed", __name__).leave_processes(failed=status != 0)
+    return status
 
 
 def usage() -> str:
@@ -148,7 +151,4 @@ def _run(command: Command, argv: list[str]) -> int:
     missing = [name for name in command.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} is not installed. Install it: pip install 'hf-sam[{command.extra}]'.")
-    status = importlib.import_module(f".{command.module}", __name__).main(argv)
-    if "accelerate" in sys.modules:
-        importlib.import_module("..runtime.distributed", __name__).leave_processes()
-    return status
+    return importlib.import_module(f".{command.module}", __name__).main(argv)

@@ -70,6 +70,11 @@ def sam_sharpness(
     if not 0 < rho < float("inf"):
         raise ValueError(f"rho={rho} must be a positive number.")
     perturbation = get_variant(variant)
+    if perturbation.passes != 2 or perturbation.moments:
+        raise ValueError(
+            f"SAM sharpness follows the gradient of the data, which does not determine the variant {variant!r}. Use "
+            "'sam' or 'asam'."
+        )
     with measuring(model, exact=True) as inner:
         params = floating_parameters(inner, parameters, "SAM sharpness")
         check_precise(params, "SAM sharpness")

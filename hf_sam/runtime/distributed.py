@@ -48,14 +48,18 @@ def join_processes() -> None:
         raise RuntimeError(f"{launched} processes were launched, but accelerate sees {rank_and_world()[1]}.")
 
 
-def leave_processes() -> None:
+def leave_processes(failed: bool = False) -> None:
     """Release what native threads still use, before the interpreter of this process ends.
+
+    Args:
+        failed (`bool`, defaults to `False`): whether other ranks may still be in a collective. Only a group of Gloo,
+            which does not wait for them, is then ended.
 
     Threads of Gloo and of Arrow that hold Python objects at exit abort the process: "terminate called without an active
     exception", exit status -6, after all the work is done (pytorch/pytorch#190489, apache/arrow#45214).
     """
     gc.collect()  # trainers keep streams in reference cycles
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and not (failed and torch.distributed.get_backend() != "gloo"):
         torch.distributed.destroy_process_group()
 
 

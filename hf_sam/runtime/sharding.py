@@ -7,6 +7,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
+def is_uncompressed(value) -> bool:
+    """Whether `value` is a tensor or a shard that holds its numbers as they are; subclasses may compress them."""
+    return type(value) in (torch.Tensor, torch.nn.Parameter, DTensor)
+
+
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """The shard of `tensor` on this rank, a view of its storage; `tensor` itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -20,10 +25,14 @@ def shard_like(whole: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
 
 
-def flat_offset(param: DTensor) -> int:
-    """Position of the first element of this rank's shard in the flat parameter, for shards of whole rows."""
-    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    return sum(start * stride for start, stride in zip(offset, param.stride(), strict=True))
+def flat_offset(param: torch.Tensor) -> int | None:
+    """Position of the first element of this rank's shard in the flat parameter; None for shards that are not rows."""
+    if not isinstance(param, DTensor):
+        return 0
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    if tuple(shape[1:]) != tuple(param.shape[1:]):
+        return None
+    return offset[0] * (param.numel() // max(1, param.shape[0])) if shape else 0
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

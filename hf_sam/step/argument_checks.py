@@ -24,3 +24,14 @@ def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return f"{value!r}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
+
+
+def check_one_pass(variant, loss_rise: float, ascent_micro_batches: float | None, ascent_sync: str) -> None:
+    """Raises ValueError if a variant without an ascent pass gets a setting of that pass."""
+    given = {"loss_rise": loss_rise, "ascent_micro_batches": ascent_micro_batches, "ascent_sync": ascent_sync}
+    unused = [name for name, value in given.items() if value not in (None, 0, "global")]
+    if variant.passes == 1 and unused:
+        raise ValueError(
+            f"{unused[0]}={given[unused[0]]!r} has no meaning with the variant {variant.name!r}, which has no ascent "
+            "pass. Remove it, or choose another variant."
+        )

@@ -51,7 +51,7 @@ class SAMMetrics:
         self._sums: torch.Tensor | None = None
         self._steps = 0
         self._rho = 0.0
-        self._loss_rise = 0.0
+        self._loss_rise = self._noise = 0.0
 
     @property
     def measures_kept(self) -> bool:
@@ -63,9 +63,10 @@ class SAMMetrics:
         clean_loss: torch.Tensor,
         perturbed_loss: torch.Tensor,
         perturbation: Perturbation,
+        *,
         rho: float,
         loss_rise: float = 0.0,
-        *,
+        noise: float = 0.0,
         uneven_inputs: bool = False,
     ) -> None:
         """Add one SAM step. A collective over all ranks, unless `uneven_inputs`; does not wait for the device.
@@ -76,6 +77,7 @@ class SAMMetrics:
             perturbation ([`~hf_sam.step.perturbation.Perturbation`]): result of the backend.
             rho (`float`): radius of the perturbation, or the largest one.
             loss_rise (`float`, defaults to 0): what determines the radius, if not 0.
+            noise (`float`, defaults to 0): relative noise on the weights.
             uneven_inputs (`bool`, defaults to `False`): whether other ranks may have run out of data. The means are
                 then those of this rank.
         """
@@ -98,7 +100,7 @@ class SAMMetrics:
         self._steps += 1
         self._taken += 1
         self._rho += rho
-        self._loss_rise = loss_rise
+        self._loss_rise, self._noise = loss_rise, noise
 
     def pop(self) -> dict[str, float]:
         """Return the means since the last call and reset them; empty if SAM did not act.
@@ -160,7 +162,8 @@ class SAMMetrics:
             )
 
     def _setting(self, rho: float) -> str:
-        return f"sam_loss_rise={self._loss_rise:g}" if self._loss_rise else f"sam_rho={rho:g}"
+        radius = f"sam_loss_rise={self._loss_rise:g}" if self._loss_rise else f"sam_rho={rho:g}"
+        return f"{radius} with sam_noise={self._noise:g}" if self._noise else radius
 
     def _spacing(self) -> float:
         # Losses may be computed or returned in 16 bits.

@@ -23,7 +23,7 @@ def uniform_noise(key: str, first: int, count: int, device: torch.device) -> tor
         `torch.Tensor`: fp32, shape `(count,)`.
     """
     generator = torch.Generator(device=device)
-    result = torch.empty(count, device=device)
+    result = torch.empty(count, dtype=torch.float32, device=device)
     for block in range(first // _BLOCK, -(-(first + count) // _BLOCK)):
         generator.manual_seed(seed_of(f"{key} {block}"))
         bits = torch.empty(_BLOCK // 4, dtype=torch.int64, device=device)

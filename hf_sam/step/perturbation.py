@@ -30,6 +30,7 @@ class Fragment:
         place (`str`): identifies the piece within the parameter; the same for all replicas of the piece.
         pairs (`bool`): whether the last dimension holds real and imaginary parts (`torch.view_as_real`).
         first (`int`): position of the first element in the flat parameter.
+        draw (`Callable`): draws the random numbers of elements, see [`~hf_sam.step.noise.uniform_noise`].
         moments (`dict[str, torch.Tensor]`): moments of the optimizer that the variant needs, shape of `weight`.
     """
 
@@ -40,6 +41,7 @@ class Fragment:
     place: str = ""
     pairs: bool = False
     first: int = 0
+    draw: Callable[[str, int, int, torch.device], torch.Tensor] = uniform_noise
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -70,7 +72,7 @@ class Fragment:
             grad = torch.empty_like(weight, dtype=torch.promote_types(torch.float32, weight.dtype))
 
         def noise():
-            return uniform_noise(f"{key} {self.name}", first, master.numel(), grad.device)
+            return self.draw(f"{key} {self.name}", first, master.numel(), grad.device)
 
         named = dict(zip(self.moments, moments, strict=True))
         return Piece(self.name, master, grad, self.pairs, named, noise, stored=weight)
@@ -183,7 +185,9 @@ def _to_perturbation(pieces: list[Piece], variant, scale, blocked, relative_nois
     torch._foreach_mul_([piece.gradient for piece in pieces], scale)
     for piece in pieces:
         if relative_noise:
-            piece.gradient.addcmul_(piece.magnitude, piece.noise(), value=relative_noise)
+            # Of a complex weight, both parts move, each by its share.
+            size = relative_noise / 2**0.5 if piece.pairs else relative_noise
+            piece.gradient.addcmul_(piece.magnitude, piece.noise(), value=size)
         # 0 * inf is NaN, so a zero scale alone would not cancel a non-finite gradient.
         piece.gradient.masked_fill_(blocked, 0.0)
 

@@ -56,11 +56,13 @@ class ReferenceStep:
         loss (`float`): loss at w, summed over the micro-batches of the ascent pass; without one, at w + e over all.
         perturbed_loss (`float`): loss at w + e, summed over the same micro-batches.
         ascent_grad_norm (`float`): norm that the variant divides by (SAM: ||g||).
+        radius (`float`): radius of the perturbation.
     """
 
     loss: float
     perturbed_loss: float
     ascent_grad_norm: float
+    radius: float
 
 
 def sam_step(
@@ -150,14 +152,14 @@ def sam_gradient(
     known = {kind: {name: moment[name] for name in perturbed_names} for kind, moment in (moments or {}).items()}
 
     # Descent pass: grad L(w + e) into `.grad`.
-    e, norm = {}, torch.zeros(())
+    e, norm, radius = {}, torch.zeros(()), 0.0
     if rho > 0:
         _, norm = PERTURBATIONS[variant](w, g, 1.0, known)
         radius = min(loss_rise / (norm.item() * len(micro_batches) / k), rho) if loss_rise else rho
         e, norm = PERTURBATIONS[variant](w, g, radius, known)
     if noise is not None:
         zero = torch.zeros(())
-        e = {name: e.get(name, zero) + w[name] * noise[name] for name in (e or perturbed_names)}
+        e = {name: e.get(name, zero) + w[name] * noise[name] for name in perturbed_names}
     with torch.no_grad():
         for name in e:
             trainable[name].copy_(w[name] + e[name])
@@ -166,4 +168,6 @@ def sam_gradient(
         for name in e:
             trainable[name].copy_(w[name])
     losses = losses or perturbed_losses
-    return ReferenceStep(loss=sum(losses), perturbed_loss=sum(perturbed_losses[:k]), ascent_grad_norm=norm.item())
+    return ReferenceStep(
+        loss=sum(losses), perturbed_loss=sum(perturbed_losses[:k]), ascent_grad_norm=norm.item(), radius=radius
+    )

@@ -7,13 +7,12 @@ sees perturbed weights or ascent gradients, and an unfinished step costs nothing
 """
 
 import contextlib
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from .argument_checks import check_types, describe
+from .argument_checks import check_one_pass, check_types, describe
 from .backends import Backend, select_backend
 from .counts import ascent_count, check_count
 from .loss_scale import record_scalers
@@ -22,10 +21,11 @@ from .moments import check_optimizer
 from .passes import MicroBatch, Passes
 from .perturbation import Perturbation
 from .replay import CapturedState, KeptInputs, LoopState, disable_method
+from .strength import Strength
 from .variants import DEFAULT, get_variant
 
 
-class SAMStep:
+class SAMStep(Strength):
     """The SAM step for a custom training loop. [`SAMMixin`] uses it inside `Trainer`.
 
     ```python
@@ -72,7 +72,7 @@ class SAMStep:
             gradient of its own micro-batches.
         target_modules, exclude_modules (`list[str]`, *optional*): regular expressions over the names of the parameters
             to perturb, and not to perturb.
-        seed (`int`, *optional*, defaults to 0): seed of the stochastic rounding of 16-bit weights.
+        seed (`int`, *optional*, defaults to 0): seed of `noise`, and of the stochastic rounding of 16-bit weights.
         perturbed_context (`Callable[[bool], AbstractContextManager]`, *optional*): context around each micro-batch at
             the perturbed weights, to control what the forward pass records. The argument is `True` if the same
             micro-batch has been computed at the unperturbed weights.
@@ -82,8 +82,8 @@ class SAMStep:
     Attributes:
         optimizers (`list[torch.optim.Optimizer]` or `None`): see `optimizer`; may be changed between steps.
         acted (`int`): number of optimizer steps in which SAM perturbed the weights.
-        step (`int`): number of optimizer steps; part of the seed of the stochastic rounding. It is in `state_dict`, so
-            with `accelerator.register_for_checkpointing(sam)` a resumed run repeats the rounding noise.
+        step (`int`): number of optimizer steps; part of the seed of noise and stochastic rounding. It is in
+            `state_dict`, so with `accelerator.register_for_checkpointing(sam)` a resumed run draws the same numbers.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -113,11 +113,9 @@ class SAMStep:
         check_count("ascent_micro_batches", ascent_micro_batches, zero_allowed=False)
         if ascent_sync not in ("global", "local"):
             raise ValueError(f"ascent_sync={ascent_sync!r} must be 'global' or 'local'.")
-        self.noise = noise
-        self.loss_rise = loss_rise
-        self.rho = rho
-        self.step = 0
-        self.acted = 0
+        self.noise, self.loss_rise, self.rho = noise, loss_rise, rho
+        self.check_radius()
+        self.step = self.acted = 0
         self.ascent_micro_batches = ascent_micro_batches
         self._accelerator = accelerator
         self.optimizers = optimizer if optimizer is None or isinstance(optimizer, list | tuple) else [optimizer]
@@ -134,8 +132,10 @@ class SAMStep:
             optimizers=self._known_optimizers,
             seed=seed,
         )
-        for each in self._known_optimizers() if self.backend.variant.moments else ():
-            check_optimizer(each, self.backend.variant.moments)
+        check_one_pass(self.backend.variant, loss_rise, ascent_micro_batches, ascent_sync)
+        if self.backend.variant.moments and rho > 0:
+            for each in self._training_optimizers(self.backend):
+                check_optimizer(each, self.backend.variant.moments)
         self._loop_state.bind(self.backend)
         self._metrics = SAMMetrics(accelerator, self.backend.has_low_precision_weights())
         without_context = lambda replayed: contextlib.nullcontext()  # noqa: E731
@@ -143,22 +143,14 @@ class SAMStep:
         self.reset()
 
     @property
-    def rho(self) -> float:
-        """Radius of the perturbation; 0 means a plain step, or noise only."""
-        return self._rho
-
-    @rho.setter
-    def rho(self, value: float):
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            raise TypeError(f"rho is the radius of the perturbation, a number, but got {describe(value)}.")
-        if not (0 <= value < float("inf") or (value > 0 and self.loss_rise)):
-            raise ValueError(f"rho={value} must be a finite number, 0 or larger; with loss_rise it may be infinite.")
-        self._rho = value
-
-    @property
     def _ascends(self) -> bool:
         """Whether the next step has an ascent pass."""
         return self.rho > 0 and self.backend.variant.passes == 2
+
+    @property
+    def _takes_ascent(self) -> bool:
+        """Whether `perturbed` needs an `ascent` before it; a step with `rho=0` may have one."""
+        return self._ascends or (self.rho == 0 and self.noise == 0)
 
     def reset(self) -> None:
         """Drop the micro-batches of an unfinished step, and the metrics.
@@ -185,19 +177,21 @@ class SAMStep:
             `rho=0`, each call returns the contribution of its micro-batch.
 
         Raises:
-            RuntimeError: if the model has gradients from before the step, or `forward_backward` computes gradients of
-                parameters that no known optimizer trains.
+            RuntimeError: if the model has gradients from before the step, or, in a step with an ascent pass,
+                `forward_backward` computes gradients of parameters that no known optimizer trains.
         """
         if not callable(forward_backward):
             raise TypeError(
                 "The first argument of a SAMStep call must be the function that computes loss and gradient, the second "
                 f"its inputs, but got {describe(forward_backward)} first."
             )
+        self.check_radius()
         last = self._accelerator.sync_gradients
         if self.rho == 0 and self.noise == 0 and not self._window:
             self.step += last
             return forward_backward(inputs)
-        self._window.append(MicroBatch(forward_backward, KeptInputs(inputs)))
+        copied = self._ascends or not last  # in a single pass, the last micro-batch is computed at once
+        self._window.append(MicroBatch(forward_backward, KeptInputs(inputs, copied)))
         if not last:
             return torch.zeros((), device=self._accelerator.device)
         window, self._window = self._window, []
@@ -229,7 +223,7 @@ class SAMStep:
                 before the step.
         """
         self._check_synchronizing()
-        if not self._ascends:
+        if not self._takes_ascent:
             what = f"The variant {self.backend.variant.name!r}" if self.rho > 0 else "A step with noise only"
             raise RuntimeError(f"{what} has no ascent pass: enclose the backward pass in SAMStep.perturbed() only.")
         with self._rollback_on_error():
@@ -254,7 +248,7 @@ class SAMStep:
             RuntimeError: without a preceding `ascent` context. (Under DeepSpeed, a backward pass outside of it would
                 already have stepped.)
         """
-        if not self._ascends:
+        if not self._takes_ascent:
             yield from self._perturbed_only()
             return
         start, self._start = self._start, None
@@ -324,15 +318,20 @@ class SAMStep:
     def _known_optimizers(self) -> Sequence[torch.optim.Optimizer]:
         return self._accelerator._optimizers if self.optimizers is None else self.optimizers
 
+    def _training_optimizers(self, backend: Backend) -> Iterator[torch.optim.Optimizer]:
+        """The optimizers that step afterwards."""
+        inside = {id(param) for param in backend.model.parameters()}
+        for optimizer in self._known_optimizers():
+            # An optimizer that trains no parameter of the model belongs to another step, unless the user passed it.
+            if self.optimizers is not None or inside & {id(param) for param in backend.parameters_of(optimizer)}:
+                yield optimizer
+
     def _trained_outside(self, backend: Backend) -> dict[str, torch.Tensor]:
         """Parameters outside of the model that the optimizers train, by name."""
         inside = {id(param) for param in backend.model.parameters()}
         trained: dict[int, torch.Tensor] = {}
-        for optimizer in self._known_optimizers():
-            params = {id(param): param for param in backend.parameters_of(optimizer)}
-            # An optimizer that trains no parameter of the model belongs to another step, unless the user passed it.
-            if self.optimizers is not None or inside & params.keys():
-                trained.update(params)
+        for optimizer in self._training_optimizers(backend):
+            trained.update({id(param): param for param in backend.parameters_of(optimizer)})
         trained = {key: param for key, param in trained.items() if key not in inside and param.requires_grad}
         names = {id(param): name for name, param in self._loop_state.outside_parameters(inside).items()}
         return {names.get(key, f"optimizer.{i}"): param for i, (key, param) in enumerate(trained.items())}
@@ -379,7 +378,8 @@ class SAMStep:
         self._loop_state.end_step()
         clean, perturbed = sum(ascent.losses) * scale, sum(perturbed_losses) * scale
         uneven = self.backend.has_uneven_inputs()
-        self._metrics.update(clean, perturbed, perturbation, self.rho, self.loss_rise, uneven_inputs=uneven)
+        settings = {"rho": self.rho, "loss_rise": self.loss_rise, "noise": self.noise}
+        self._metrics.update(clean, perturbed, perturbation, **settings, uneven_inputs=uneven)
         return clean
 
     def _run_one_pass(self, window: list[MicroBatch]) -> torch.Tensor:

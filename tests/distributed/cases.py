@@ -44,6 +44,8 @@ class Case:
 RADII = {"asam": 0.5, "momentum": 0.1}
 TARGETED = {"sam_rho": 0.05, "sam_target_modules": [r"mlp", r"norm"], "sam_exclude_modules": [r"layers\.0\.mlp\.up"]}
 
+MOMENTUM_AND_NOISE = {"sam_rho": 0.1, "sam_noise": 0.1, "sam_variant": "momentum"}
+
 CASES = (
     Case("sam"),
     Case("sam_accumulation", accumulation=2),
@@ -55,14 +57,16 @@ CASES = (
     ),
     Case("first_of_three", accumulation=3, sam={"sam_rho": 0.05, "sam_ascent_micro_batches": 1}),
     Case("noise", accumulation=2, sam={"sam_rho": 0.0, "sam_noise": 0.1}),
-    Case("momentum_and_noise", sam={"sam_rho": 0.1, "sam_noise": 0.1, "sam_variant": "momentum"}),
+    Case("momentum_and_noise", sam=MOMENTUM_AND_NOISE),
+    Case("offload_momentum_and_noise", sam=MOMENTUM_AND_NOISE, offload=True, only=("zero2", "zero3")),
     Case("sam_and_noise", accumulation=2, sam={"sam_rho": 0.05, "sam_noise": 0.1, "sam_interval": 2}),
     # Some steps are limited by the rise of the loss, some by the radius.
-    Case("loss_rise", accumulation=2, sam={"sam_rho": 0.05, "sam_loss_rise": 0.03}),
+    Case("loss_rise", accumulation=2, sam={"sam_rho": 0.034, "sam_loss_rise": 0.03}),
     Case("targeted", sam=TARGETED),
     Case("lora", accumulation=2, model="lora"),
     Case("branches", model="branches"),
     Case("bf16", accumulation=2, bf16=True),
+    Case("bf16_momentum_and_noise", bf16=True, sam=MOMENTUM_AND_NOISE),
     Case("branches_offload", model="branches", offload=True, only=("zero2", "zero3")),
     Case("offload", accumulation=2, offload=True, only=("zero1", "zero2", "zero3")),
     Case("round_robin", accumulation=2, zero={"round_robin_gradients": True}, only=("zero1", "zero2")),

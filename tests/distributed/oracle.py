@@ -63,6 +63,7 @@ def trajectory(case: Case, replicas: int = 1) -> dict:
                 "loss": sum(result.loss for result in results) * scale,
                 "sam/perturbed_loss": sum(result.perturbed_loss for result in results) * scale,
                 "sam/ascent_grad_norm": _mean_norm(results, replicas) * scale,
+                "sam/radius": results[0].radius,
                 "grad_norm": grad_norm,
             }
         )

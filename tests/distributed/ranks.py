@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_sam import SAMStep
 from hf_sam.runtime.distributed import leave_processes
+from hf_sam.step.backends.local import _fragment as fragment_of
+from hf_sam.step.noise import uniform_noise
 
 RHO = 0.3
 
@@ -327,7 +329,22 @@ def ranks_with_different_radii() -> list[str]:
     return told
 
 
+def noise_of_shards() -> list[bool]:
+    """Whether this rank's random numbers are those of its part of the whole parameter: rows, columns, complex rows."""
+    mesh = init_device_mesh("cpu", (2,))
+    right = []
+    for placement, dtype in ((Shard(0), torch.float32), (Shard(1), torch.float32), (Shard(0), torch.complex64)):
+        param = distribute_tensor(torch.ones(4, 6, dtype=dtype), mesh, [placement])
+        drawn = fragment_of("weight", param, None, {}).whole("key").noise()
+        shape = (4, 6, 2) if dtype.is_complex else (4, 6)
+        whole = uniform_noise("key weight", 0, 48 if dtype.is_complex else 24, torch.device("cpu")).view(shape)
+        mine = whole.chunk(2, dim=placement.dim)[dist.get_rank()]
+        right.append(torch.equal(drawn, mine))
+    return right
+
+
 SCENARIOS = (
+    noise_of_shards,
     communication_hooks,
     hook_with_a_state_that_cannot_be_kept,
     uneven_inputs,

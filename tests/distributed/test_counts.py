@@ -27,11 +27,13 @@ def test_a_single_process_sends_nothing(results):
 def test_two_passes_send_twice_what_one_does_and_two_messages_more(results, strategy, kind):
     counted, plain = results(strategy, "counted")[kind], results(strategy, "counted")["plain"]
     assert Counter(counted["large"]) == Counter({message: 2 * n for message, n in Counter(plain["large"]).items()})
-    added = Counter(counted["small"]) - Counter(plain["small"])
+    added = Counter(counted["small"])
+    added.subtract(plain["small"])
     # The metrics, in one reduction; DDP also broadcasts the buffers of the model in each pass. The norm of the ascent
     # gradient is reduced where it is sharded.
     metrics, buffers, norm = 24, 32, 4
-    assert added == Counter([metrics, buffers] if strategy == "ddp" else [metrics, norm])
+    assert +added == Counter([metrics, buffers] if strategy == "ddp" else [metrics, norm])
+    assert min(added.values()) >= 0
 
 
 @pytest.mark.parametrize("strategy", DISTRIBUTED)

@@ -84,3 +84,7 @@ def test_two_models_are_synchronized_as_in_plain_training(ranks):
 def test_ranks_with_different_radii_are_told(ranks):
     (told,) = ranks["ranks_with_different_radii"]
     assert "use different SAM radii: rho is 0.3 on this rank and 0.45 on average" in told
+
+
+def test_random_numbers_do_not_depend_on_how_a_parameter_is_sharded(ranks):
+    assert ranks["noise_of_shards"] == [True, True, True]

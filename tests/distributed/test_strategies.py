@@ -58,19 +58,24 @@ def test_trajectory_follows_the_reference(results, expected, strategy, case):
         metrics = tuple(name for name in metrics if name != "grad_norm")
     if case.sft:
         metrics = (*metrics, "entropy", "mean_token_accuracy", "num_tokens")
+    if "sam_loss_rise" in case.sam:
+        metrics = (*metrics, "sam/radius")
+        radii = [log["sam/radius"] for log in reference["logs"]]
+        assert min(radii) < case.sam["sam_rho"] == max(radii)  # some steps are limited by one, some by the other
     for name in metrics:
         assert largest_difference(trained["logs"], reference["logs"], name) <= FP32_TOLERANCE, name
     assert relative_distance(trained["weights"], reference["weights"]) <= FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_bf16_trajectory_stays_near_the_fp32_reference(results, expected, strategy):
-    case = next(case for case in CASES if case.bf16)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if case.bf16])
+def test_bf16_trajectory_stays_near_the_fp32_reference(results, expected, strategy, case):
     trained, reference = results(strategy, case.name), expected(case)
     assert_ran(trained, strategy, precision="bf16")
     tolerance = BF16_ROUNDED_LOSS_TOLERANCE if strategy == "fsdp2" else BF16_LOSS_TOLERANCE
     assert largest_difference(trained["logs"], reference["logs"], "loss") <= tolerance
-    assert largest_difference(trained["logs"], reference["logs"], "sam/perturbed_loss") <= tolerance
+    if ascends_in_each_step(case):
+        assert largest_difference(trained["logs"], reference["logs"], "sam/perturbed_loss") <= tolerance
     if strategy != "fsdp2" or HOST_REPORTS_WHOLE_NORMS:
         assert largest_difference(trained["logs"], reference["logs"], "grad_norm") <= BF16_NORM_TOLERANCE
     assert relative_distance(trained["weights"], reference["weights"]) <= BF16_WEIGHT_TOLERANCE

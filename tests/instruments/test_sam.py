@@ -22,7 +22,7 @@ def by_hand(model, data, rho, variant):
     )
     gradients = torch.autograd.grad(total / data.tokens, params.values())
     with torch.no_grad():
-        e, norm = PERTURBATIONS[variant](params, dict(zip(params, gradients, strict=True)), rho)
+        e, norm = PERTURBATIONS[variant](params, dict(zip(params, gradients, strict=True)), rho, {})
         for name, param in params.items():
             param.add_(e[name])
     return norm.item(), held_out_loss(model, data).loss
@@ -102,3 +102,8 @@ def test_optimizers_in_the_backward_pass_are_refused():
 def test_senseless_radii_are_refused(rho):
     with pytest.raises(ValueError, match="rho="):
         sam_sharpness(sharp_olmo2(), held_out(), rho=rho)
+
+
+def test_variants_that_the_data_does_not_determine_are_refused():
+    with pytest.raises(ValueError, match="does not determine the variant 'momentum'"):
+        sam_sharpness(sharp_olmo2(), held_out(), variant="momentum")

@@ -262,3 +262,103 @@ def test_settings_of_an_ascent_pass_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"{name}=.* has no meaning with sam_variant='momentum'"):
             SAMTrainingArguments(output_dir=str(tmp_path), **MOMENTUM, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_rise": -0.1}, "loss_rise=-0.1 must be a finite number"),
+        ({"noise": float("nan")}, "noise=nan must be a finite number"),
+        ({"noise": -0.1}, "noise=-0.1 must be"),
+        ({"variant": "momentum", "loss_rise": 0.1}, "loss_rise=0.1 has no meaning with the variant 'momentum'"),
+        ({"variant": "momentum", "ascent_micro_batches": 1}, "ascent_micro_batches=1 has no meaning"),
+        ({"variant": "momentum", "ascent_sync": "local"}, "ascent_sync='local' has no meaning"),
+    ],
+)
+def test_a_loop_is_told_about_settings_that_cannot_work(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SAMStep(Accelerator(cpu=True), torch.nn.Linear(4, 2), RHO, **settings)
+
+
+def test_an_infinite_radius_needs_its_rise_of_the_loss_at_each_step():
+    step = SAMStep(Accelerator(cpu=True), torch.nn.Linear(4, 2), float("inf"), loss_rise=0.1)
+    step.loss_rise = 0.0
+    with pytest.raises(ValueError, match="rho=inf must be a finite number"):
+        step(lambda x: x.sum(), torch.randn(4))
+
+
+def test_a_schedule_may_start_at_radius_0():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    step = SAMStep(Accelerator(cpu=True), model, 0.0)
+    x = torch.randn(8, 4)
+    for rho in (0.0, 0.1):
+        step.rho = rho
+        model.zero_grad()
+        before = model.weight.detach().clone()
+        with step.ascent():
+            model(x).square().mean().backward()
+        with step.perturbed():
+            assert torch.equal(model.weight, before) == (rho == 0)
+            model(x).square().mean().backward()
+        assert torch.equal(model.weight, before)
+
+
+def test_optimizers_of_other_models_may_have_no_momentum():
+    accelerator = Accelerator(cpu=True)
+    one, other = torch.nn.Linear(4, 2), torch.nn.Linear(2, 1)
+    accelerator.prepare(torch.optim.AdamW(one.parameters()), torch.optim.SGD(other.parameters(), lr=0.1))
+    SAMStep(accelerator, one, RHO, variant="momentum")
+    with pytest.raises(ValueError, match="torch's SGD"):
+        SAMStep(accelerator, other, RHO, variant="momentum")
+
+
+def moved_by(optimizer, model) -> float:
+    """Distance of the weights at which the second of two steps computes its gradient."""
+    step = SAMStep(Accelerator(cpu=True), model, RHO, optimizer=optimizer, variant="momentum")
+    distances = []
+
+    def forward_backward(x):
+        parts = [(a - b).flatten() for a, b in zip(model.parameters(), before, strict=True)]
+        distances.append(torch.cat(parts).norm().item())
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    for _ in range(2):
+        before = [param.detach().clone() for param in model.parameters()]
+        step(forward_backward, torch.ones(3, 4))
+        optimizer.step()
+        model.zero_grad()
+    return distances[-1]
+
+
+def test_momentum_of_a_parameter_group():
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "momentum": 0.9}], lr=0.1)
+    assert moved_by(optimizer, model) == pytest.approx(RHO, rel=1e-4)
+
+
+def test_momentum_of_an_optimizer_in_another_one():
+    class Wrapper:
+        """As Lookahead, keeps the optimizer in an attribute."""
+
+        def __init__(self, optimizer):
+            self.optimizer, self.param_groups, self.step = optimizer, optimizer.param_groups, optimizer.step
+
+    model = torch.nn.Linear(4, 2)
+    assert moved_by(Wrapper(torch.optim.AdamW(model.parameters())), model) == pytest.approx(RHO, rel=1e-4)
+
+
+def test_the_inputs_of_a_single_pass_need_not_be_readable_twice():
+    model = torch.nn.Linear(4, 2)
+    step = SAMStep(Accelerator(cpu=True), model, 0.0, noise=0.1)
+
+    def forward_backward(rows):
+        loss = model(torch.stack(list(rows))).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    step(forward_backward, (torch.randn(4) for _ in range(3)))
+    with pytest.raises(TypeError, match="read only once"):
+        SAMStep(Accelerator(cpu=True), model, 0.1)(forward_backward, (torch.randn(4) for _ in range(3)))

@@ -83,11 +83,11 @@ def test_it_acts_in_the_steps_that_the_interval_leaves_out(tmp_path):
     run = trainer(tmp_path / "both", sam_rho=0.05, sam_interval=2, **settings)
     run.train()
     assert ["sam/sharpness" in log for log in step_logs(run)] == [False, True, False, True, False, False]
-    assert run.sam_history.acted == 4
+    assert (run.sam_history.acted, run.sam_history.noisy) == (2, 4)
     assert run.sam_history.passes == pytest.approx(1 + 2 / 6)
     alone = trainer(tmp_path / "alone", **settings)
     alone.train()
-    assert alone.sam_history.acted == 4
+    assert (alone.sam_history.acted, alone.sam_history.noisy) == (0, 4)
     assert alone.sam_history.passes == 1
 
 
@@ -143,3 +143,55 @@ def test_values_out_of_range_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"sam_noise=.* must be a finite number"):
             SAMTrainingArguments(output_dir=str(tmp_path), sam_noise=value)
     assert SAMTrainingArguments(output_dir=str(tmp_path), sam_noise="0.1").uses_sam
+
+
+def test_weights_without_ascent_gradient_get_noise_too():
+    """The second module is used in the second micro-batch only, and the ascent pass has the first one."""
+    torch.manual_seed(0)
+    modules = torch.nn.ModuleList([torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)])
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    step = SAMStep(accelerator, modules, 0.2, noise=0.1, ascent_micro_batches=1)
+    seen = []
+
+    def forward_backward(batch):
+        which, x = batch
+        seen.append(modules[1].weight.detach().clone())
+        loss = modules[which](x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    for which in (0, 1):
+        with accelerator.accumulate(modules):
+            step(forward_backward, (which, torch.randn(5, 6)))
+    noise = uniform_noise("hf-sam perturbation 0 0 1.weight", 0, 18, CPU).view(3, 6)
+    torch.testing.assert_close(seen[-1], modules[1].weight.detach() * (1 + 0.1 * noise))
+
+
+def test_complex_weights_move_by_their_modulus():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(300, 200, dtype=torch.complex64).t())
+    module = torch.nn.Module()
+    module.weight = weight
+    step = SAMStep(Accelerator(cpu=True), module, 0.0, noise=0.1)
+    seen = []
+
+    def forward_backward(x):
+        seen.append(module.weight.detach().clone())
+        loss = (module.weight * x).abs().square().mean()
+        loss.backward()
+        return loss.detach()
+
+    step(forward_backward, torch.randn(200, 300))
+    relative = ((seen[0] - weight.detach()) / weight.detach()).abs().square().mean().sqrt()
+    assert relative.item() == pytest.approx(0.1, rel=0.02)
+
+
+def test_settings_without_effect_on_noise_are_reported(tmp_path, caplog):
+    settings = {"sam_noise": 0.1, "sam_interval": 8, "sam_ascent_micro_batches": 1, "sam_variant": "asam"}
+    run = trainer(tmp_path, max_steps=4, **settings)
+    run.train()
+    assert "SAM only adds noise: sam_rho and sam_loss_rise are 0, so sam_variant, sam_interval" in caplog.text
+    assert "SAM acts in only one step" not in caplog.text
+    assert run.args.layout_dependence() == {}
+    # Nor is an optimizer without momentum in the way.
+    trainer(tmp_path, max_steps=2, sam_noise=0.1, sam_variant="momentum", optim="adafactor").train()

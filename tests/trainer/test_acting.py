@@ -104,7 +104,11 @@ def test_the_model_card_states_what_happened(tmp_path):
     acted = card_of(trainer(tmp_path / "a", sam_rho=0.05, max_steps=4, sam_interval=2))
     assert "SAM acted in 2 of 4 steps. In these steps, the gradient was computed at the worst weights nearby." in acted
     noisy = card_of(trainer(tmp_path / "c", sam_noise=0.1, max_steps=2))
-    assert "SAM acted in 2 of 2 steps. In these steps, the gradient was computed at perturbed weights." in noisy
+    assert "The gradient was computed with random noise on the weights in 2 of 2 steps." in noisy
+    both = card_of(trainer(tmp_path / "d", sam_rho=0.05, sam_interval=2, sam_noise=0.1, max_steps=4))
+    assert "SAM acted in 2 of 4 steps; there was noise on the weights in 4. In these steps" in both
+    momentum = card_of(trainer(tmp_path / "e", sam_rho=0.05, sam_variant="momentum", max_steps=2))
+    assert "SAM acted in 2 of 2 steps. In these steps, the gradient was computed at perturbed weights." in momentum
     never = card_of(trainer(tmp_path / "b", sam_rho=0.05, max_steps=2, sam_start_steps=10))
     assert "SAM acted in 0 of 2 steps." in never
     assert "computed at the unperturbed weights, as in plain training" in never

@@ -204,7 +204,7 @@ class Backend(abc.ABC):
             [`~hf_sam.step.perturbation.Perturbation`]: norm and checks, as tensors on the device.
         """
         variant = self.variant if rho > 0 else Still()
-        fragments = self._fragments(variant)
+        fragments = self._fragments(variant, noise > 0)
         key = f"hf-sam perturbation {self.seed} {step}"
         norm = torch.zeros((), device=self.accelerator.device)
         if rho > 0:
@@ -264,10 +264,10 @@ class Backend(abc.ABC):
     # Interface of a subclass.
 
     @abc.abstractmethod
-    def _fragments(self, variant: Variant) -> list[Fragment]:
+    def _fragments(self, variant: Variant, noise: bool) -> list[Fragment]:
         """The selected weights on this rank, with what the variant needs; `master` may be the weight itself.
 
-        Weights without the gradient or the moments that the variant needs are left out.
+        Weights without the gradient that the variant needs may be left out, unless there is noise.
         """
 
     @abc.abstractmethod

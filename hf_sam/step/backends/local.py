@@ -7,6 +7,8 @@ descent pass.
 
 import contextlib
 import dataclasses
+import functools
+import math
 
 import torch
 import torch.distributed as dist
@@ -14,8 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ...runtime.sharding import flat_offset, local_shard
+from ...runtime.sharding import flat_offset, local_shard, shard_like
 from ..moments import moments_of
+from ..noise import uniform_noise
 from ..perturbation import Fragment, sum_on
 from .base import Backend
 from .ddp import check_replicas, is_in_join_context, replayed_hook_states
@@ -87,10 +90,12 @@ class LocalBackend(Backend):
                 self._abandon_iteration()
             self._reshard()
 
-    def _fragments(self, variant):
+    def _fragments(self, variant, noise):
         fragments = []
         for name, param in self.selected.items():
             grad = self._gradient(param) if variant.passes == 2 else None
+            if grad is None and variant.passes == 2 and noise:
+                grad = torch.zeros_like(local_shard(param))
             if grad is not None or variant.passes == 1:
                 fragments.append(_fragment(name, param, grad, self._moments(param, variant)))
         return fragments
@@ -182,13 +187,21 @@ class LocalBackend(Backend):
 
 
 def _fragment(name, param, grad, moments) -> Fragment:
-    weight, place, first, pairs = local_shard(param), "", 0, param.is_complex()
-    if isinstance(param, DTensor):
-        place, first = _place(param), flat_offset(param)
+    weight, first, pairs = local_shard(param), flat_offset(param), param.is_complex()
+    place = _place(param) if isinstance(param, DTensor) else ""
+    draw = uniform_noise if first is not None else functools.partial(_draw_shard, param)
     if pairs:
         weight, grad = torch.view_as_real(weight), grad if grad is None else torch.view_as_real(grad.resolve_conj())
         moments = {kind: torch.view_as_real(moment) for kind, moment in moments.items()}
-    return Fragment(name, weight, weight, grad, place, pairs, first, moments)
+    first = (first or 0) * (2 if pairs else 1)
+    return Fragment(name, weight, weight, grad, place, pairs, first, draw, moments)
+
+
+def _draw_shard(param: DTensor, key: str, first: int, count: int, device: torch.device) -> torch.Tensor:
+    """Random numbers of a shard that does not consist of whole rows: cut out of those of the parameter."""
+    shape = (*param.shape, 2) if param.is_complex() else param.shape
+    whole = uniform_noise(key, 0, math.prod(shape), device).view(shape)
+    return shard_like(whole, param).reshape(-1)[first : first + count]
 
 
 def _shard_groups(param: torch.Tensor) -> tuple:

@@ -43,7 +43,7 @@ class Zero12Backend(ZeroBackend):
         # The groups of DeepSpeed's optimizer hold its flat partitions.
         return [param for group in self.optimizer.bit16_groups for param in group]
 
-    def _fragments(self, variant):
+    def _fragments(self, variant, noise):
         optimizer = self.optimizer
         names = {id(param): name for name, param in self.selected.items()}
         if optimizer.cpu_offload:

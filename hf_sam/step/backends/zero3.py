@@ -49,7 +49,7 @@ class Zero3Backend(ZeroBackend):
         positions, key = self.optimizer.grad_position, self.optimizer.get_param_id
         self.selected = {name: param for name, param in self.selected.items() if key(param) in positions}
 
-    def _fragments(self, variant):
+    def _fragments(self, variant, noise):
         if self.optimizer.offload_optimizer:
             # Gradients are copied to the CPU asynchronously.
             get_accelerator().synchronize()
@@ -75,7 +75,9 @@ class Zero3Backend(ZeroBackend):
     def _moments(self, param, wanted):
         group, start, numel = self.optimizer.grad_position[self.optimizer.get_param_id(param)]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
-        moments = moments_of(flat, [self.optimizer.optimizer], wanted)
+        # With partial offload, another optimizer steps the parameters that stay on the accelerator.
+        optimizers = [self.optimizer.optimizer, getattr(self.optimizer, "backup_optimizer", None)]
+        moments = moments_of(flat, filter(None, optimizers), wanted)
         return {kind: moment.narrow(0, start, numel) for kind, moment in moments.items()}
 
     def _master(self, param):

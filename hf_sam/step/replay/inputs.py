@@ -25,15 +25,16 @@ class KeptInputs:
     Args:
         inputs (`Any`): tensors, arrays and objects in any containers. Tensors that share memory also share it in the
             copy. Models, functions, and tensors in an autograd graph are not copied.
+        copied (`bool`, defaults to `True`): whether to copy them; not needed for a single pass at once.
 
     Raises:
         TypeError: if `inputs` contain an iterator that can be read only once.
     """
 
-    def __init__(self, inputs: Any):
+    def __init__(self, inputs: Any, copied: bool = True):
         self._given = inputs
         self._copier = _Copier()
-        self._copy = self._copier.copy(inputs)
+        self._copy = self._copier.copy(inputs) if copied else inputs
 
     def for_ascent(self, *, last: bool) -> Any:
         """The input objects of the loop, as in plain training; a copy if the loop may have changed them since.

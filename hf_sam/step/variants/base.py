@@ -62,7 +62,7 @@ class Piece:
         """|w| up to the sign: w itself for real weights; for complex weights, the modulus in both entries."""
         if not self.pairs:
             return self.weight
-        squares = self.weight.square().view(-1, 2).sum(dim=1, keepdim=True)
+        squares = self.weight.square().reshape(-1, 2).sum(dim=1, keepdim=True)
         return squares.sqrt().expand(-1, 2).reshape(self.weight.shape)
 
     def moment(self, kind: str) -> torch.Tensor:
@@ -72,7 +72,7 @@ class Piece:
         return self._like_gradient(self._moments[kind])
 
     def noise(self) -> torch.Tensor:
-        """Random numbers of mean 0 and variance 1, the same in each call; shape of the weights."""
+        """The random numbers of `sam_noise`: mean 0 and variance 1, the same in each call; shape of the weights."""
         return self._noise().view(self.gradient.shape)
 
     def _like_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,6 @@ class Variant(abc.ABC):
         passes (`int`): number of passes over each micro-batch: 2, the ascent and the descent pass, or 1, if e does not
             depend on an ascent gradient.
         moments (`tuple[str, ...]`): moments of the optimizer that e depends on: `"first"`, `"second"`.
-        normalized (`bool`): whether e is divided by ||n||; if not, e = rho * d.
     """
 
     name: ClassVar[str]
@@ -97,7 +96,6 @@ class Variant(abc.ABC):
     source: ClassVar[str]
     passes: ClassVar[int] = 2
     moments: ClassVar[tuple[str, ...]] = ()
-    normalized: ClassVar[bool] = True
 
     @abc.abstractmethod
     def squared_norm(self, piece: Piece) -> torch.Tensor:
