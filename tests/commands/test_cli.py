@@ -68,7 +68,7 @@ def test_help_of_the_commands_has_groups_for_sam(capsys, command):
     groups = re.split(r"^(?=\S.*:$)", text, flags=re.MULTILINE)
     (sam,) = [group for group in groups if group.startswith("sharpness-aware training:")]
     (annealing,) = [group for group in groups if group.startswith("shortened annealing:")]
-    assert sam.count("[SAM]") == 10
+    assert sam.count("[SAM]") == 12
     assert annealing.count("[annealing]") == 3
     assert "--learning_rate" not in sam + annealing
     assert text.startswith(f"usage: hf-sam {command}")
