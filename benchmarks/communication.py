@@ -27,6 +27,8 @@ STEPS = {
     "SAM": {"sam_rho": 0.05},
     "SAM, ascent on 1 of 2": {"sam_rho": 0.05, "sam_ascent_micro_batches": 1},
     "SAM, sam_ascent_sync=local": {"sam_rho": 0.05, "sam_ascent_sync": "local"},
+    "momentum": {"sam_rho": 0.05, "sam_variant": "momentum"},
+    "sam_noise": {"sam_noise": 0.05},
 }
 PROCESSES = 2
 
@@ -115,13 +117,14 @@ def minimum(backend: str, plain: list[tuple[str, int]], sam: dict | None) -> flo
     reduced = sum(size for name, size in plain if "gather" not in name and size > SMALL)
     if sam is None:
         return gathered + reduced
-    share = sam.get("sam_ascent_micro_batches", MICRO_BATCHES) / MICRO_BATCHES
+    one_pass = sam.get("sam_variant") == "momentum" or "sam_rho" not in sam
+    share = 0 if one_pass else sam.get("sam_ascent_micro_batches", MICRO_BATCHES) / MICRO_BATCHES
     if sam.get("sam_ascent_sync") == "local":
         return reduced
     # ZeRO-1 and 2 gather the weights once after they changed, ZeRO-3 and FSDP2 for each micro-batch. ZeRO-2 and 3
     # reduce the gradients of each micro-batch, the others once.
     gathered *= 1 + (share if backend in ("fsdp2", "zero3") else 1)
-    reduced *= 1 + (share if backend in ("zero2", "zero3") else 1)
+    reduced *= 1 + (share if one_pass or backend in ("zero2", "zero3") else 1)
     return gathered + reduced
 
 
