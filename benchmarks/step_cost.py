@@ -3,9 +3,10 @@
     python benchmarks/step_cost.py --sizes 5m 60m --accumulation 1 4
     python benchmarks/step_cost.py --sizes 1b --precisions bf16 --accumulation 4 --batch_size 8 --length 1024  # a GPU
 
-All kinds of steps train the same OLMo-2 on the same random tokens in one process. They take turns, so that changes in
-the speed of the machine affect all of them; each turn is compared with the turn of `Trainer` in the same round. The
-table has the median of these ratios and their quartiles. Loops without a trainer are compared with the plain loop.
+All kinds of steps train the same OLMo-2 on the same random tokens in one process. A turn of `Trainer` stands before and
+after each turn of another kind, which is compared with the mean of the two, so that changes in the speed of the machine
+cancel. The table has the median of these ratios over the rounds, and their quartiles; "Trainer, again" shows the noise.
+Loops without a trainer are compared with the plain loop in the same way.
 
 Peak memory is measured in a process of its own for each kind: what the allocator of the accelerator held, or on a CPU
 the resident memory beyond what the process has before training.
@@ -35,6 +36,7 @@ SIZES = {"5m": (192, 6, 4096), "60m": (512, 10, 16384), "1b": (2048, 16, 100352)
 QUARTER = {"sam_rho": 0.05, "sam_ascent_micro_batches": 0.25}
 KINDS = {
     "Trainer": None,
+    "Trainer, again": None,
     "SAM off, sam_rho=0": {"sam_rho": 0.0},
     "SAM off, outside of its window": {"sam_rho": 0.05, "sam_start_steps": 10**6},
     "sam": {"sam_rho": 0.05},
@@ -49,6 +51,7 @@ KINDS = {
     "momentum and sam_noise": {"sam_rho": 0.05, "sam_variant": "momentum", "sam_noise": 0.05},
 }
 LOOPS = {"plain loop": HandLoop, "SAM by hand": HandSAM, "pytorch-optimizer's SAM": PytorchOptimizerSAM}
+BASELINES = ("Trainer", "plain loop")
 
 
 @dataclass
@@ -60,7 +63,7 @@ class BenchmarkArguments:
     accumulation: list[int] = field(default_factory=lambda: [4], metadata={"help": "Micro-batches per step."})
     kinds: list[str] = field(default_factory=list, metadata={"help": "Kinds of steps that contain one of these words."})
     rounds: int = field(default=7, metadata={"help": "Number of turns of each kind."})
-    steps: int = field(default=10, metadata={"help": "Timed optimizer steps per turn, after one warm-up step."})
+    steps: int = field(default=4, metadata={"help": "Timed steps per turn after one, at least sam_interval."})
     batch_size: int = field(default=4, metadata={"help": "Rows per micro-batch."})
     length: int = field(default=128, metadata={"help": "Tokens per row."})
     memory: bool = field(default=True, metadata={"help": "Also measure peak memory, in processes of their own."})
@@ -197,26 +200,42 @@ def measure(setting: Setting, kinds: list[str], arguments: BenchmarkArguments) -
     bench = Bench(setting, arguments)
     print(f"\n{setting}; {bench.parameters:,} parameters; {_machine()}\n", flush=True)
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    # With `sam_interval`, steps differ, so only their mean over a turn is meaningful.
+    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+
+    def take_turn(kind: str) -> float:
+        # With `sam_interval`, steps differ, so that only the mean over whole periods has a meaning.
+        steps = max(arguments.steps, (KINDS.get(kind) or {}).get("sam_interval", 1))
+        seconds[kind].append(statistics.mean(bench.turn(kind, steps + 1)[1:]))
+        return seconds[kind][-1]
+
     for _ in range(arguments.rounds):
-        for kind in kinds:
-            seconds[kind].append(statistics.mean(bench.turn(kind, arguments.steps + 1)[1:]))
+        for baseline in BASELINES:
+            others = [kind for kind in kinds if baseline_of(kind) == baseline and kind != baseline]
+            before = take_turn(baseline) if others else 0.0
+            for kind in others:
+                mine, after = take_turn(kind), take_turn(baseline)
+                ratios[kind].append(2 * mine / (before + after))
+                before = after
     found = {}
     for kind in kinds:
-        baseline = seconds["plain loop" if kind in LOOPS else "Trainer"]
-        ratios = [mine / theirs for mine, theirs in zip(seconds[kind], baseline, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        values = ratios[kind] or [1.0]
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         found[kind] = {"seconds": statistics.median(seconds[kind]), "ratio": middle, "quartiles": [low, high]}
         if arguments.memory:
             found[kind]["peak_bytes"] = _memory_in_process(kind, setting, arguments)
     return found
 
 
+def baseline_of(kind: str) -> str:
+    """What a kind of step is compared with."""
+    return BASELINES[1] if kind in LOOPS else BASELINES[0]
+
+
 def table(found: dict[str, dict]) -> str:
     """The results as a Markdown table."""
     lines = ["| step | time | quartiles | seconds | peak memory |", "| --- | ---: | ---: | ---: | ---: |"]
     for kind, result in found.items():
-        baseline = found["plain loop" if kind in LOOPS else "Trainer"]
+        baseline = found[baseline_of(kind)]
         memory = f"{result['peak_bytes'] / baseline['peak_bytes']:.2f}" if "peak_bytes" in result else "not measured"
         low, high = result["quartiles"]
         lines.append(f"| {kind} | {result['ratio']:.3f} | {low:.3f}-{high:.3f} | {result['seconds']:.3f} | {memory} |")

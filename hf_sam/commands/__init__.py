@@ -63,6 +63,13 @@ COMMANDS = {
         "eval",
         _EVAL,
     ),
+    "suggest-rho": Command(
+        "suggest_rho",
+        "suggest-rho MODEL",
+        "the loss at the perturbed weights for many radii on your data, and radii to start with",
+        "eval",
+        _EVAL[:1],
+    ),
     "report": Command("report", "report DIR...", "compare evaluations; the first one is the reference", "eval", _EVAL),
     "compare": Command(
         "compare",

@@ -8,6 +8,7 @@ on batch size, padding, packing or the number of processes. Each stands in one f
   `hf_sam.quantizers`
 - sharpness: [`noise_kl`], [`relative_noise_kl`], [`noise_sensitivity`], [`sam_sharpness`], [`hessian_spectrum`],
   [`relative_hessian_trace`], [`weight_norm`]
+- radii of SAM: [`radius_profile`]
 - landscape: [`loss_along_line`], [`loss_on_plane`], [`loss_on_random_plane`]
 - similarity: [`representation_similarity`], [`weight_distance`]
 - benchmarks: [`run_benchmarks`], [`score_change`]
@@ -39,6 +40,7 @@ from .benchmark_scores import BenchmarkResult, score_change
 from .callbacks import ForgettingCallback, SharpnessCallback
 from .documents import HeldOutData
 from .grid import LossPlane
+from .radius import RadiusProfile, radius_profile
 from .registry import INSTRUMENTS, Column, Instrument, Plot, Setting, register
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "NoiseKL",
     "NoiseSensitivity",
     "Plot",
+    "RadiusProfile",
     "RelativeTrace",
     "RepresentationSimilarity",
     "SAMSharpness",
@@ -70,6 +73,7 @@ __all__ = [
     "metric_path",
     "noise_kl",
     "noise_sensitivity",
+    "radius_profile",
     "register",
     "relative_hessian_trace",
     "relative_noise_kl",

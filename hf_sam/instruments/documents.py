@@ -5,6 +5,7 @@ and sharded.
 """
 
 import copy
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +128,27 @@ class HeldOutData:
         if not part.rows:
             raise ValueError(f"The first {documents} held-out documents have no token to predict.")
         return part
+
+    def sample(self, rows: int, parts: int, seed: int = 0) -> list["HeldOutData"]:
+        """`parts` disjoint groups of `rows` random rows.
+
+        Raises:
+            ValueError: if there are too few rows.
+        """
+        if rows < 1 or parts < 1:
+            raise ValueError(f"{parts} batches of {rows} rows cannot be taken; both must be 1 or larger.")
+        if len(self.rows) < rows * parts:
+            raise ValueError(
+                f"The data has {len(self.rows)} rows, but {parts} batches of {rows} rows need {rows * parts}. Take "
+                "more documents, fewer or smaller batches, or shorter rows."
+            )
+        chosen = random.Random(seed).sample(self.rows, rows * parts)
+        found = []
+        for start in range(0, len(chosen), rows):
+            part = copy.copy(self)
+            part.rows = chosen[start : start + rows]
+            found.append(part)
+        return found
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_sam import commands
-from hf_sam.commands import clm, compare, evaluate, pretrain, report, reproduce, run, sft, sweep, toy_data
+from hf_sam.commands import clm, compare, evaluate, pretrain, report, reproduce, run, sft, suggest_rho, sweep, toy_data
 from hf_sam.commands.launch import launcher_parser
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,7 @@ MADE_IN = {
     "hf_sam/commands/launch.py": (launcher_parser,),
     "hf_sam/commands/evaluate.py": (evaluate.make_parser,),
     "hf_sam/commands/report.py": (report.make_parser,),
+    "hf_sam/commands/suggest_rho.py": (suggest_rho.make_parser,),
     "hf_sam/commands/pretrain.py": (pretrain.make_parser,),
     "hf_sam/commands/sweep.py": (sweep.make_parser,),
     "hf_sam/commands/compare.py": (compare.make_parser,),

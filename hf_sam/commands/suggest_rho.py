@@ -1,0 +1,168 @@
+"""`hf-sam suggest-rho MODEL --data ...`: the loss at w + e for many radii, and radii to start with.
+
+The radii are those at which the loss rises as much as it did in the runs of hf-sam that forgot least.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from ..evaluation.inputs import load_held_out
+from ..evaluation.models import Models
+from ..instruments import RadiusProfile, radius_profile
+from ..runtime.config import ConfigParser
+from ..runtime.dataset_specs import parse_spec
+from ..runtime.markdown import markdown_table
+from ..runtime.models import find_model
+
+
+@dataclass(frozen=True)
+class Start:
+    """A way to use SAM, and the rise of the loss at w + e with which it forgot least in the runs of hf-sam.
+
+    Attributes:
+        when (`str`): in which steps SAM acts.
+        flags (`tuple[str, ...]`): flags besides `--sam_rho`.
+        cost (`float`): passes, relative to plain training.
+        rise (`float`): nats per token, of the batch whose gradient e follows.
+    """
+
+    when: str
+    flags: tuple[str, ...]
+    cost: float
+    rise: float
+
+
+STARTS = (
+    Start("in every 10th step", ("--sam_interval", "10"), 1.1, 3.0),
+    Start("in every step", (), 2.0, 0.8),
+)
+
+
+@dataclass
+class SuggestRhoArguments:
+    """Flags of `hf-sam suggest-rho`."""
+
+    data: str = field(default="", metadata={"help": "Text like the training data: [NAME=]FILE, FOLDER or HUB/ID."})
+    data_column: str = field(default="text", metadata={"help": "Column of text; 'completion' or 'messages'."})
+    data_split: str = field(default="", metadata={"help": "Split; test, validation or train, the first that exists."})
+    max_documents: int = field(default=1000, metadata={"help": "How many documents are read."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens in a row, as in training."})
+    ascent_batch_size: int = field(
+        default=16,
+        metadata={
+            "help": "Rows of one ascent gradient: those of an optimizer step on all devices, or with "
+            "sam_ascent_micro_batches those of the ascent pass."
+        },
+    )
+    batches: int = field(default=4, metadata={"help": "Batches to average over."})
+    sam_variant: str = field(default="sam", metadata={"help": "sam or asam."})
+    rhos: list[float] = field(
+        default_factory=list, metadata={"help": "Radii; if omitted, from a rise of 0.01 to one of 4 nats."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows in a forward pass."})
+    device: str = field(default="", metadata={"help": "Device; the accelerator if there is one."})
+    seed: int = field(default=0, metadata={"help": "Chooses the rows."})
+    json: str = field(default="", metadata={"help": "File for the numbers."})
+
+    def __post_init__(self):
+        if not self.data:
+            raise ValueError("A radius is measured on data: give --data, text of the kind that you will train on.")
+        for name in ("max_documents", "ascent_batch_size", "batches", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be 1 or larger.")
+        if self.device == "auto":
+            raise ValueError("--device auto spreads the model over all devices; choose one.")
+
+
+def make_parser() -> ConfigParser:
+    """The parser of the command."""
+    parser = ConfigParser(
+        SuggestRhoArguments, prog="hf-sam suggest-rho", description=__doc__.split(":", 1)[1].split(".", 1)[0].strip()
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of the model that will be trained")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print the table and the radii to start with; returns the exit status."""
+    parser = make_parser()
+    flags = vars(parser.parse_args(parser.prepare(argv)))
+    place = flags.pop("model")
+    flags.pop("config")
+    settings = SuggestRhoArguments(**flags)
+    logging.set_verbosity_error()
+    source = find_model(place)
+    source.check_length(settings.max_length)
+    name, data = load_held_out(
+        settings.data,
+        source.tokenizer(),
+        column=settings.data_column,
+        split=settings.data_split or None,
+        max_documents=settings.max_documents,
+        max_length=settings.max_length,
+    )
+    model = Models(torch.float32, settings.device).get(source)
+    profile = radius_profile(
+        model,
+        data,
+        rhos=settings.rhos or None,
+        ascent_batch_size=settings.ascent_batch_size,
+        batches=settings.batches,
+        variant=settings.sam_variant,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    parameters = sum(param.numel() for param in model.parameters())
+    print(
+        f"{source.name}, {parameters:,} parameters, on {name}: {settings.batches} gradients of "
+        f"{settings.ascent_batch_size} rows, {profile.tokens:,} tokens in all.\n"
+    )
+    print(profile_table(profile))
+    print("\n" + advice(profile, settings, place))
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def profile_table(profile: RadiusProfile) -> str:
+    """The rise of the loss against the radius, as a Markdown table."""
+    loss = sum(profile.losses) / len(profile.losses)
+    columns = zip(profile.rhos, profile.mean_rises, profile.standard_errors, profile.curvature_shares, strict=True)
+    rows = [
+        [f"{rho:.4g}", f"{loss + rise:.3f}", f"{rise:.4f}", f"{error:.4f}", f"{share:.0%}"]
+        for rho, rise, error, share in columns
+    ]
+    header = ["rho", "loss at w + e", "loss rise (nats)", "standard error", "curvature share"]
+    return markdown_table(header, rows, numeric=[True] * 5)
+
+
+def advice(profile: RadiusProfile, settings: SuggestRhoArguments, place: str) -> str:
+    """The radii to start with, why, and a command."""
+    lines, command = [], ""
+    for start in STARTS:
+        radius = profile.radius_at(start.rise)
+        if radius is None:
+            lines.append(f"SAM {start.when}: the loss rises by {start.rise:g} nats at none of these radii.")
+            continue
+        rho = f"{radius:.2g}"
+        flags = ["--sam_rho", rho, *start.flags]
+        if profile.variant != "sam":
+            flags = ["--sam_variant", profile.variant, *flags]
+        lines.append(f"SAM {start.when} ({start.cost:g} times the passes of plain training): {' '.join(flags)}")
+        command = command or _command(place, settings, flags)
+    return "\n".join([*lines, "", *([command] if command else [])]).rstrip()
+
+
+def _command(place: str, settings: SuggestRhoArguments, flags: list[str]) -> str:
+    """Training on the same data with one of the radii, on one device."""
+    rows, length = settings.ascent_batch_size, settings.max_length
+    per_pass = max(size for size in range(1, settings.batch_size + 1) if rows % size == 0)
+    training = ["--per_device_train_batch_size", per_pass, "--gradient_accumulation_steps", rows // per_pass]
+    data = ["--dataset_name", parse_spec(settings.data)[1], "--max_length", length, "--output_dir", "out"]
+    name = "clm" if settings.data_column not in ("completion", "messages") else "sft"
+    return shlex.join(["hf-sam", name, "--model_name_or_path", place, *map(str, [*data, *training]), *flags])

@@ -1,0 +1,68 @@
+"""`hf-sam suggest-rho`: its radii are those of the instrument, and its command trains."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+from hf_sam.commands import main
+from hf_sam.commands.suggest_rho import STARTS
+
+
+def flags(files, **changes):
+    settings = {"data": files / "corpus.txt", "max_length": 16, "ascent_batch_size": 4, "batches": 2, **changes}
+    return [str(files / "model"), *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
+
+
+def test_radii_of_the_advice_raise_the_loss_as_it_says(files, tmp_path, capsys):
+    """Measured again at the radii that it suggests."""
+    assert main(["suggest-rho", *flags(files, json=tmp_path / "profile.json")]) == 0
+    text = capsys.readouterr().out
+    assert "2 gradients of 4 rows" in text
+    found = {
+        int((re.search(r"--sam_interval (\d+)", line) or [0, 1])[1]): float(re.search(r"--sam_rho (\S+)", line)[1])
+        for line in text.splitlines()
+        if line.startswith("SAM in")
+    }
+    assert set(found) == {10, 1}
+    again = tmp_path / "again.json"
+    assert main(["suggest-rho", *flags(files, json=again), "--rhos", *map(str, sorted(found.values()))]) == 0
+    profile = json.loads(again.read_text())
+    rises = dict(zip(profile["rhos"], profile["mean_rises"], strict=True))
+    for start in STARTS:
+        interval = int(dict(zip(start.flags[::2], start.flags[1::2], strict=True)).get("--sam_interval", 1))
+        # Two digits, interpolated on a grid of factor 2.
+        assert rises[found[interval]] == pytest.approx(start.rise, rel=0.15)
+
+
+def test_its_command_trains(files, tmp_path, capsys):
+    assert main(["suggest-rho", *flags(files)]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[0] == "hf-sam"
+    command[command.index("--output_dir") + 1] = str(tmp_path / "out")
+    rest = ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none", "--logging_steps", "1"]
+    assert main([*command[1:], *rest]) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["sam/ascent_grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ""}, "give --data"),
+        ({"data": "absent.jsonl"}, "absent.jsonl"),
+        ({"batches": 0}, "--batches 0 must be 1 or larger"),
+        ({"ascent_batch_size": 4000}, "rows, but 2 batches of 4000 rows need 8000"),
+        ({"sam_variant": "momentum"}, "'momentum' does not follow the gradient"),
+        ({"rhos": -1}, "rhos=[-1.0] must be positive"),
+        ({"device": "auto"}, "--device auto spreads"),
+        ({"max_length": 10**6}, "takes 32 tokens at most"),
+        ({"sam_roh": 1}, "unrecognized argument --sam_roh"),
+    ],
+)
+def test_what_cannot_be_measured_is_answered_in_a_line(files, capsys, changes, message):
+    assert main(["suggest-rho", *flags(files, **changes)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-sam suggest-rho: ")]
+    assert len(lines) == 1
+    assert message in lines[0]

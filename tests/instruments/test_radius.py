@@ -1,0 +1,138 @@
+"""Loss rise against radius: by hand on one batch, and on a quadratic loss."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from toy_evaluation import FailsAfter, Quadratic, busy, held_out, sharp_olmo2, unchanged, zeros
+
+from hf_sam.instruments import HeldOutData, RadiusProfile, held_out_loss, radius_profile, sam_sharpness
+
+
+def quadratic():
+    """Loss 1 + 0.5 r + 3.7 r^2 at distance r along its gradient at 0."""
+    matrix = torch.diag(torch.tensor([1.0, 5.0, 9.0], dtype=torch.float64))
+    return Quadratic(matrix, torch.tensor([0.3, 0.0, 0.4], dtype=torch.float64))
+
+
+CURVATURE = 0.36 * 1 + 0.64 * 9
+
+
+@pytest.mark.parametrize("variant", ["sam", "asam"])
+def test_each_batch_climbs_its_own_gradient(variant):
+    """On the rows of one batch, the rise is the SAM sharpness of those rows."""
+    model, data = sharp_olmo2(), held_out(12)
+    profile = radius_profile(model, data, rhos=[0.1, 0.02], ascent_batch_size=4, batches=3, variant=variant)
+    parts = data.sample(4, 3)
+    rows = sorted(row.document for part in parts for row in part.rows)
+    assert rows == list(range(12))  # no row twice
+    assert profile.rhos == (0.02, 0.1)
+    assert profile.tokens == data.tokens
+    for part, rises, loss, norm in zip(parts, profile.rises, profile.losses, profile.gradient_norms, strict=True):
+        assert loss == pytest.approx(held_out_loss(model, part).loss, rel=1e-6)
+        for rho, rise in zip(profile.rhos, rises, strict=True):
+            expected = sam_sharpness(model, part, rho=rho, variant=variant)
+            assert norm == pytest.approx(expected.gradient_norm, rel=1e-5)
+            assert rise == pytest.approx(expected.value, rel=1e-3, abs=1e-5)
+    assert profile.mean_rises == pytest.approx(np.mean(profile.rises, axis=0))
+    assert profile.standard_errors == pytest.approx(np.std(profile.rises, axis=0, ddof=1) / 3**0.5)
+
+
+def test_curvature_share_and_radius_of_a_quadratic():
+    profile = radius_profile(quadratic(), zeros(4), ascent_batch_size=2, batches=2)
+    rhos = np.asarray(profile.rhos)
+    rises = 0.5 * rhos + CURVATURE / 2 * rhos**2
+    assert profile.mean_rises == pytest.approx(rises, rel=1e-9)
+    assert profile.curvature_shares == pytest.approx(1 - 0.5 * rhos / rises, rel=1e-9)
+    # A power of 2 times 0.1, from just below a rise of 0.01 on.
+    assert np.log2(rhos / 0.1) == pytest.approx(np.round(np.log2(rhos / 0.1)))
+    assert 0.5 * rhos[0] <= 0.01 < 0.5 * rhos[1]
+    between = profile.radius_at(0.5)
+    # Interpolated on a grid of factor 2 in logarithms.
+    assert 0.5 * between + CURVATURE / 2 * between**2 == pytest.approx(0.5, rel=0.02)
+    assert profile.radius_at(profile.mean_rises[3]) == pytest.approx(rhos[3])
+    assert profile.radius_at(1e-4) is None
+    assert profile.radius_at(1e4) is None
+
+
+def test_the_largest_radius_is_where_the_loss_is_high():
+    profile = radius_profile(sharp_olmo2(), held_out(8), ascent_batch_size=4, batches=2)
+    assert profile.rises[0][-1] >= 4.0 > profile.rises[0][-2]
+
+
+def test_a_loss_that_is_not_finite_is_an_infinite_rise():
+    """The quadratic "language model" has no probability where its loss is negative."""
+    matrix = torch.diag(torch.tensor([-5.0], dtype=torch.float64))
+    model = Quadratic(matrix, torch.tensor([0.1], dtype=torch.float64))
+    with unchanged(model):
+        profile = radius_profile(model, zeros(4), rhos=[0.01, 100.0], ascent_batch_size=2, batches=2)
+    assert profile.mean_rises[1] == math.inf
+    assert profile.radius_at(1.0) is None
+
+
+def test_radius_at_takes_the_smallest_and_passes_over_falls():
+    profile = RadiusProfile((0.1, 0.2, 0.4, 0.8), ((-0.1, 0.1, 0.4, 0.2),), (1.0,), (1.0,), 4, 100)
+    assert profile.radius_at(0.2) == pytest.approx(0.2 * 2**0.5)
+    assert profile.radius_at(0.05) is None
+    assert np.isnan(profile.standard_errors).all()
+
+
+def test_the_model_is_left_as_it_was():
+    model = busy(sharp_olmo2())
+    with unchanged(model):
+        radius_profile(model, held_out(8), rhos=[0.1], ascent_batch_size=4, batches=2)
+    # In a clean loss, in a gradient, in a perturbed loss, in the second batch.
+    for calls in (0, 1, 2, 5):
+        failing = FailsAfter(model, calls)
+        with unchanged(failing), pytest.raises(KeyboardInterrupt):
+            radius_profile(failing, held_out(8), rhos=[0.1], ascent_batch_size=4, batches=2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_it_does_not_depend_on_the_batch_size(batch_size):
+    options = {"rhos": [0.2], "ascent_batch_size": 4, "batches": 2}
+    one = radius_profile(sharp_olmo2(), held_out(8), **options)
+    other = radius_profile(sharp_olmo2(), held_out(8), batch_size=batch_size, **options)
+    assert other.rises == pytest.approx(np.asarray(one.rises), rel=1e-4)
+
+
+def test_seeds_choose_other_rows():
+    options = {"rhos": [0.2], "ascent_batch_size": 2, "batches": 2}
+    first, second = (radius_profile(sharp_olmo2(), held_out(12), seed=seed, **options) for seed in (0, 1))
+    assert first.losses != second.losses
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rhos": [0.1, 0.0]}, r"rhos=\[0.1, 0.0\] must be positive"),
+        ({"rhos": []}, r"rhos=\[\] must be positive"),
+        ({"variant": "momentum"}, "'momentum' does not follow the gradient"),
+        ({"variant": "sma"}, "sma"),
+        ({"ascent_batch_size": 5}, "has 8 rows, but 2 batches of 5 rows need 10"),
+        ({"batches": 0}, "0 batches of 4 rows cannot be taken"),
+        ({"parameters": "absent"}, "A radius has no weights"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        radius_profile(sharp_olmo2(), held_out(8), **{"ascent_batch_size": 4, "batches": 2, **options})
+
+
+def test_coarse_weights_are_refused():
+    with pytest.raises(ValueError, match="A radius needs fp32 weights"):
+        radius_profile(sharp_olmo2().to(torch.bfloat16), held_out(8), ascent_batch_size=4, batches=2)
+
+
+def test_a_zero_gradient_is_refused():
+    model = Quadratic(torch.zeros(2, 2, dtype=torch.float64))
+    with unchanged(model), pytest.raises(FloatingPointError, match=r"norm 0\.0; no radius"):
+        radius_profile(model, zeros(4), ascent_batch_size=2, batches=2)
+
+
+def test_samples_are_disjoint_and_the_same_each_time():
+    data = HeldOutData([{"input_ids": list(range(3, 13))}] * 3, max_length=4)
+    parts = data.sample(2, 3, seed=5)
+    assert [part.rows for part in parts] == [part.rows for part in data.sample(2, 3, seed=5)]
+    assert [len(part.rows) for part in parts] == [2, 2, 2]
