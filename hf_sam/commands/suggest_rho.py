@@ -1,7 +1,4 @@
-"""`hf-sam suggest-rho MODEL --data ...`: the loss at w + e for many radii, and radii to start with.
-
-The radii are those at which the loss rises as much as it did in the runs of hf-sam that forgot least.
-"""
+"""`hf-sam suggest-rho MODEL --data ...`: the loss at w + e for many radii, and radii to start with."""
 
 import json
 import shlex
@@ -22,24 +19,29 @@ from ..runtime.models import find_model
 
 @dataclass(frozen=True)
 class Start:
-    """A way to use SAM, and the rise of the loss at w + e with which it forgot least in the runs of hf-sam.
+    """A way to perturb the weights, and the rise of the loss with which it did best in the runs of hf-sam.
 
     Attributes:
-        when (`str`): in which steps SAM acts.
-        flags (`tuple[str, ...]`): flags besides `--sam_rho`.
+        what (`str`): the way in words.
+        kind (`str`): see [`~hf_sam.instruments.radius_profile`].
+        flags (`str`): flags, with `{}` for the radius.
         cost (`float`): passes, relative to plain training.
-        rise (`float`): nats per token, of the batch whose gradient e follows.
+        rise (`float`): nats per token at w + e.
     """
 
-    when: str
-    flags: tuple[str, ...]
+    what: str
+    kind: str
+    flags: str
     cost: float
     rise: float
 
 
 STARTS = (
-    Start("in every 10th step", ("--sam_interval", "10"), 1.1, 3.0),
-    Start("in every step", (), 2.0, 0.8),
+    Start("SAM in every 10th step", "sam", "--sam_rho {} --sam_interval 10", 1.1, 2.75),
+    Start("SAM in every step", "sam", "--sam_rho {}", 2.0, 0.6),
+    Start("ASAM in every 10th step", "asam", "--sam_variant asam --sam_rho {} --sam_interval 10", 1.1, 2.75),
+    Start("momentum", "momentum", "--sam_variant momentum --sam_rho {}", 1.0, 0.35),
+    Start("noise", "noise", "--sam_noise {}", 1.0, 0.15),
 )
 
 
@@ -60,7 +62,10 @@ class SuggestRhoArguments:
         },
     )
     batches: int = field(default=4, metadata={"help": "Batches to average over."})
-    sam_variant: str = field(default="sam", metadata={"help": "sam or asam."})
+    kinds: list[str] = field(
+        default_factory=lambda: ["sam", "momentum", "noise"],
+        metadata={"help": "What to measure: sam, asam, momentum (estimated, because a model has none), noise."},
+    )
     rhos: list[float] = field(
         default_factory=list, metadata={"help": "Radii; if omitted, from a rise of 0.01 to one of 4 nats."}
     )
@@ -75,15 +80,16 @@ class SuggestRhoArguments:
         for name in ("max_documents", "ascent_batch_size", "batches", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 1 or larger.")
+        self.kinds = list(dict.fromkeys(self.kinds))
+        if unknown := [kind for kind in self.kinds if kind not in {start.kind for start in STARTS}]:
+            raise ValueError(f"--kinds {unknown[0]} must be some of sam, asam, momentum, noise.")
         if self.device == "auto":
             raise ValueError("--device auto spreads the model over all devices; choose one.")
 
 
 def make_parser() -> ConfigParser:
     """The parser of the command."""
-    parser = ConfigParser(
-        SuggestRhoArguments, prog="hf-sam suggest-rho", description=__doc__.split(":", 1)[1].split(".", 1)[0].strip()
-    )
+    parser = ConfigParser(SuggestRhoArguments, prog="hf-sam suggest-rho", description=__doc__.split(": ", 1)[1])
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of the model that will be trained")
     return parser
 
@@ -107,25 +113,26 @@ def main(argv: list[str]) -> int:
         max_length=settings.max_length,
     )
     model = Models(torch.float32, settings.device).get(source)
-    profile = radius_profile(
-        model,
-        data,
-        rhos=settings.rhos or None,
-        ascent_batch_size=settings.ascent_batch_size,
-        batches=settings.batches,
-        variant=settings.sam_variant,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-    )
     parameters = sum(param.numel() for param in model.parameters())
-    print(
-        f"{source.name}, {parameters:,} parameters, on {name}: {settings.batches} gradients of "
-        f"{settings.ascent_batch_size} rows, {profile.tokens:,} tokens in all.\n"
-    )
-    print(profile_table(profile))
-    print("\n" + advice(profile, settings, place))
+    print(f"{source.name}, {parameters:,} parameters, on {name}: {settings.batches} batches of ", end="")
+    print(f"{settings.ascent_batch_size} rows.")
+    profiles = {}
+    for kind in settings.kinds:
+        profiles[kind] = radius_profile(
+            model,
+            data,
+            kind=kind,
+            rhos=settings.rhos or None,
+            ascent_batch_size=settings.ascent_batch_size,
+            batches=settings.batches,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+        print(f"\n{kind}\n\n{profile_table(profiles[kind])}", flush=True)
+    print("\n" + advice(profiles, settings, place))
     if settings.json:
-        Path(settings.json).write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
+        found = {kind: profile.to_dict() for kind, profile in profiles.items()}
+        Path(settings.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -141,28 +148,32 @@ def profile_table(profile: RadiusProfile) -> str:
     return markdown_table(header, rows, numeric=[True] * 5)
 
 
-def advice(profile: RadiusProfile, settings: SuggestRhoArguments, place: str) -> str:
-    """The radii to start with, why, and a command."""
-    lines, command = [], ""
+def advice(profiles: dict[str, RadiusProfile], settings: SuggestRhoArguments, place: str) -> str:
+    """Where to start, and a command."""
+    rows, command = [], ""
     for start in STARTS:
-        radius = profile.radius_at(start.rise)
-        if radius is None:
-            lines.append(f"SAM {start.when}: the loss rises by {start.rise:g} nats at none of these radii.")
+        if start.kind not in profiles:
             continue
-        rho = f"{radius:.2g}"
-        flags = ["--sam_rho", rho, *start.flags]
-        if profile.variant != "sam":
-            flags = ["--sam_variant", profile.variant, *flags]
-        lines.append(f"SAM {start.when} ({start.cost:g} times the passes of plain training): {' '.join(flags)}")
-        command = command or _command(place, settings, flags)
-    return "\n".join([*lines, "", *([command] if command else [])]).rstrip()
+        radius = profiles[start.kind].radius_at(start.rise)
+        flags = "out of range" if radius is None else start.flags.format(f"{radius:.2g}")
+        rows.append([start.what, f"{start.cost:g}x", f"{start.rise:g}", flags])
+        if radius is not None and not command:
+            command = _command(place, settings, flags)
+    lines = [
+        "Start with one of these. The loss rises as much as it did where small models, annealed on 200 tokens a "
+        "parameter,",
+        "forgot least and lost least to few bits for what they lost at once. Longer ascents trade loss for flatness.",
+        "",
+        markdown_table(["what", "passes", "loss rise (nats)", "flags"], rows),
+    ]
+    return "\n".join([*lines, *(["", command] if command else [])])
 
 
-def _command(place: str, settings: SuggestRhoArguments, flags: list[str]) -> str:
+def _command(place: str, settings: SuggestRhoArguments, flags: str) -> str:
     """Training on the same data with one of the radii, on one device."""
     rows, length = settings.ascent_batch_size, settings.max_length
     per_pass = max(size for size in range(1, settings.batch_size + 1) if rows % size == 0)
     training = ["--per_device_train_batch_size", per_pass, "--gradient_accumulation_steps", rows // per_pass]
     data = ["--dataset_name", parse_spec(settings.data)[1], "--max_length", length, "--output_dir", "out"]
     name = "clm" if settings.data_column not in ("completion", "messages") else "sft"
-    return shlex.join(["hf-sam", name, "--model_name_or_path", place, *map(str, [*data, *training]), *flags])
+    return shlex.join(["hf-sam", name, "--model_name_or_path", place, *map(str, [*data, *training]), *flags.split()])

@@ -15,25 +15,22 @@ def flags(files, **changes):
     return [str(files / "model"), *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
 
-def test_radii_of_the_advice_raise_the_loss_as_it_says(files, tmp_path, capsys):
-    """Measured again at the radii that it suggests."""
-    assert main(["suggest-rho", *flags(files, json=tmp_path / "profile.json")]) == 0
-    text = capsys.readouterr().out
-    assert "2 gradients of 4 rows" in text
-    found = {
-        int((re.search(r"--sam_interval (\d+)", line) or [0, 1])[1]): float(re.search(r"--sam_rho (\S+)", line)[1])
-        for line in text.splitlines()
-        if line.startswith("SAM in")
-    }
-    assert set(found) == {10, 1}
-    again = tmp_path / "again.json"
-    assert main(["suggest-rho", *flags(files, json=again), "--rhos", *map(str, sorted(found.values()))]) == 0
-    profile = json.loads(again.read_text())
-    rises = dict(zip(profile["rhos"], profile["mean_rises"], strict=True))
-    for start in STARTS:
-        interval = int(dict(zip(start.flags[::2], start.flags[1::2], strict=True)).get("--sam_interval", 1))
-        # Two digits, interpolated on a grid of factor 2.
-        assert rises[found[interval]] == pytest.approx(start.rise, rel=0.15)
+def test_at_the_radii_that_it_suggests_the_loss_rises_as_it_says(files, tmp_path, capsys):
+    """Measured again at those radii."""
+    assert main(["suggest-rho", *flags(files)]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if "--sam_" in line and line.startswith("| ")]
+    wanted = [start for start in STARTS if start.kind != "asam"]
+    assert len(table) == len(wanted)
+    for start, line in zip(wanted, table, strict=True):
+        assert start.what in line
+        radius = float(re.search(start.flags.format(r"(\S+)"), line)[1])
+        again = tmp_path / f"{start.what}.json"
+        more = ["--kinds", start.kind, "--rhos", str(radius)]
+        assert main(["suggest-rho", *flags(files, json=again), *more]) == 0
+        profile = json.loads(again.read_text())[start.kind]
+        assert profile["rhos"] == [radius]
+        # Two digits of a radius that is interpolated on a grid of factor 2.
+        assert profile["mean_rises"] == [pytest.approx(start.rise, rel=0.15)]
 
 
 def test_its_command_trains(files, tmp_path, capsys):
@@ -54,7 +51,7 @@ def test_its_command_trains(files, tmp_path, capsys):
         ({"data": "absent.jsonl"}, "absent.jsonl"),
         ({"batches": 0}, "--batches 0 must be 1 or larger"),
         ({"ascent_batch_size": 4000}, "rows, but 2 batches of 4000 rows need 8000"),
-        ({"sam_variant": "momentum"}, "'momentum' does not follow the gradient"),
+        ({"kinds": "friendly"}, "--kinds friendly must be some of sam, asam, momentum, noise"),
         ({"rhos": -1}, "rhos=[-1.0] must be positive"),
         ({"device": "auto"}, "--device auto spreads"),
         ({"max_length": 10**6}, "takes 32 tokens at most"),

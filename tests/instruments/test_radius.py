@@ -8,6 +8,7 @@ import torch
 from toy_evaluation import FailsAfter, Quadratic, busy, held_out, sharp_olmo2, unchanged, zeros
 
 from hf_sam.instruments import HeldOutData, RadiusProfile, held_out_loss, radius_profile, sam_sharpness
+from hf_sam.step.noise import uniform_noise
 
 
 def quadratic():
@@ -23,13 +24,13 @@ CURVATURE = 0.36 * 1 + 0.64 * 9
 def test_each_batch_climbs_its_own_gradient(variant):
     """On the rows of one batch, the rise is the SAM sharpness of those rows."""
     model, data = sharp_olmo2(), held_out(12)
-    profile = radius_profile(model, data, rhos=[0.1, 0.02], ascent_batch_size=4, batches=3, variant=variant)
+    profile = radius_profile(model, data, rhos=[0.1, 0.02], ascent_batch_size=4, batches=3, kind=variant)
     parts = data.sample(4, 3)
     rows = sorted(row.document for part in parts for row in part.rows)
     assert rows == list(range(12))  # no row twice
     assert profile.rhos == (0.02, 0.1)
     assert profile.tokens == data.tokens
-    for part, rises, loss, norm in zip(parts, profile.rises, profile.losses, profile.gradient_norms, strict=True):
+    for part, rises, loss, norm in zip(parts, profile.rises, profile.losses, profile.slopes, strict=True):
         assert loss == pytest.approx(held_out_loss(model, part).loss, rel=1e-6)
         for rho, rise in zip(profile.rhos, rises, strict=True):
             expected = sam_sharpness(model, part, rho=rho, variant=variant)
@@ -59,6 +60,51 @@ def test_curvature_share_and_radius_of_a_quadratic():
 def test_the_largest_radius_is_where_the_loss_is_high():
     profile = radius_profile(sharp_olmo2(), held_out(8), ascent_batch_size=4, batches=2)
     assert profile.rises[0][-1] >= 4.0 > profile.rises[0][-2]
+
+
+def test_noise_is_relative_to_each_weight_and_has_no_first_order():
+    """Against the noise of the step, drawn anew; twice the noise raises the loss four times."""
+    model, data = sharp_olmo2(), held_out(8)
+    profile = radius_profile(
+        model, data, kind="noise", rhos=[0.002, 0.004, 0.05], ascent_batch_size=4, batches=2, seed=3
+    )
+    assert (profile.curvature_shares == 1).all()
+    assert profile.slopes == (0.0, 0.0)
+    for i, part in enumerate(data.sample(4, 2, seed=3)):
+        noisy = sharp_olmo2()
+        with torch.no_grad():
+            for name, param in noisy.named_parameters():
+                noise = uniform_noise(f"radius 3 {i} {name}", 0, param.numel(), param.device)
+                param.mul_(1 + 0.05 * noise.view_as(param))
+        assert profile.rises[i][2] == pytest.approx(held_out_loss(noisy, part).loss - profile.losses[i], rel=1e-3)
+
+
+def test_momentum_is_taken_for_the_difference_of_two_gradients():
+    """All documents are the same, so that all gradients are: their difference is 0. With others, it is not."""
+    same = HeldOutData([{"input_ids": [3, 4, 5, 6, 7]}] * 6)
+    model = sharp_olmo2()
+    options = {"kind": "momentum", "ascent_batch_size": 2, "batches": 1}
+    with unchanged(model), pytest.raises(FloatingPointError, match="norm 0"):
+        radius_profile(model, same, **options)
+    data = held_out(6)
+    profile = radius_profile(model, data, rhos=[0.5], **options)
+    part, second, first = data.sample(2, 3)
+    params = dict(model.named_parameters())
+    gradients = [
+        torch.autograd.grad(sum(document_loss(model, row) for row in rows.rows) / rows.tokens, params.values())
+        for rows in (first, second)
+    ]
+    difference = [one - other for one, other in zip(*gradients, strict=True)]
+    norm = torch.sqrt(sum(value.square().sum() for value in difference))
+    with torch.no_grad():
+        for param, value in zip(params.values(), difference, strict=True):
+            param.add_(0.5 * value / norm)
+    assert profile.rises[0][0] == pytest.approx(held_out_loss(model, part).loss - profile.losses[0], rel=1e-3)
+
+
+def document_loss(model, row):
+    logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(row.input_ids[1:]), reduction="sum")
 
 
 def test_a_loss_that_is_not_finite_is_an_infinite_rise():
@@ -108,8 +154,8 @@ def test_seeds_choose_other_rows():
     [
         ({"rhos": [0.1, 0.0]}, r"rhos=\[0.1, 0.0\] must be positive"),
         ({"rhos": []}, r"rhos=\[\] must be positive"),
-        ({"variant": "momentum"}, "'momentum' does not follow the gradient"),
-        ({"variant": "sma"}, "sma"),
+        ({"kind": "sma"}, "kind='sma' must be 'momentum', 'noise', or a variant"),
+        ({"kind": "momentum"}, "has 8 rows, but 6 batches of 4 rows need 24"),
         ({"ascent_batch_size": 5}, "has 8 rows, but 2 batches of 5 rows need 10"),
         ({"batches": 0}, "0 batches of 4 rows cannot be taken"),
         ({"parameters": "absent"}, "A radius has no weights"),
