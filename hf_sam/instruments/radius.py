@@ -151,7 +151,7 @@ def _check_kind(kind: str) -> None:
     variant = VARIANTS.get(kind)
     if kind not in (NOISE, MOMENTUM) and (variant is None or variant.passes != 2 or variant.moments):
         raise ValueError(
-            f"kind={kind!r} must be 'momentum', 'noise', or a variant that follows the gradient of a batch: 'sam', 'asam'."
+            f"kind={kind!r} must be 'momentum', 'noise', or a variant that follows the gradient of a batch."
         )
 
 
