@@ -138,7 +138,7 @@ def _sweeps(document: Document, results: Sequence[Results], methods: Sequence[Me
 def _costs(document: Document, summary: dict) -> None:
     if (picture := plot_costs(summary)) is not None:
         document.heading("What it costs")
-        caption = "How much less each run loses than the reference, against the cost of its training. 95% intervals."
+        caption = "How much less each run loses than the reference, and where it ended, by the cost of its training."
         document.figure("costs", picture, caption)
 
 

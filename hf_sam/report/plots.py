@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..runtime.figure import panels, styles
+from ..runtime.figure import literal, panels, styles
 from ..statistics import Estimate, TunedRun, forgetting, pareto_frontier
 from ..statistics.curves import curve
 from .summary import cost_of_training
 
-_COST = "cost of training, in that of the reference\ncheaper to the left"
 _TASK = "held-out task loss after fine-tuning (nats per token)\nbetter to the right"
 
 
@@ -41,7 +40,7 @@ def plot_sweeps(sweeps: Mapping[str, Sequence[Sequence[TunedRun]]]) -> bytes:
 
 
 def plot_costs(summary: dict) -> bytes | None:
-    """How much less each method loses than the reference, against the cost of its training.
+    """What each method lost less than the reference and where it ended, a row each, the cheapest training on top.
 
     Args:
         summary (`dict`): see [`~hf_sam.report.summary.summarize`].
@@ -49,27 +48,44 @@ def plot_costs(summary: dict) -> bytes | None:
     Returns:
         `bytes` or `None`: a PNG; None if the costs of fewer than two methods besides the reference are known.
     """
-    names = [name for name in summary["runs"] if name != summary["reference"]]
+    reference = summary["reference"]
+    names = [name for name in summary["runs"] if name != reference]
     costs = {name: cost for name in names if (cost := cost_of_training(summary, name)) is not None}
-    found = {"forgetting": {name: (summary["runs"][name]["fine-tuned"] or {}).get("reduction") for name in costs}}
-    for scheme in summary["runs"][summary["reference"]]["quantized"]:
-        found[f"damage of {scheme}"] = {name: summary["runs"][name]["quantized"][scheme]["reduction"] for name in costs}
-    found = {what: by_name for what, by_name in found.items() if any(by_name.values())}
-    if len(costs) < 2 or not found:
+    columns = {title: found for title, found in _columns(summary).items() if any(map(found.get, costs))}
+    if len(costs) < 2 or not columns:
         return None
-    labels = [(_COST, f"reduction of {what} (%)\nhigher is better", what) for what in found]
-    with panels(*labels) as (render, all_axes):
-        for axes, by_name in zip(all_axes, found.values(), strict=True):
-            axes.axhline(0, color="grey", linewidth=0.8)
-            for name, style in styles(summary["runs"]).items():
-                reduction = by_name.get(name)
-                if reduction is not None:
-                    estimate = Estimate.from_dict(reduction)
+    rows = sorted(costs, key=costs.__getitem__, reverse=True)  # the first row is the lowest
+    labels = [(axis, "", title) for title, axis in columns]
+    with panels(*labels, height=1.6 + 0.28 * len(rows), width=4.2) as (render, all_axes):
+        for axes, by_name in zip(all_axes, columns.values(), strict=True):
+            axes.axvline(0, color="grey", linewidth=0.8)
+            for row, name in enumerate(rows):
+                if (found := by_name.get(name)) is not None:
+                    estimate = Estimate.from_dict(found)
+                    style = {**styles(summary["runs"])[name], "label": None}
                     bars = _bars(estimate.value, estimate.low, estimate.high)
-                    axes.errorbar(costs[name], estimate.value, yerr=bars, **style, linestyle="", capsize=2)
-        legend = dict(pair for axes in all_axes for pair in zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-        all_axes[0].figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4)
+                    axes.errorbar(estimate.value, row, xerr=bars, **style, linestyle="", capsize=2)
+            axes.set_ylim(-0.6, len(rows) - 0.4)
+            axes.set_yticks(range(len(rows)), [""] * len(rows))
+        all_axes[0].set_yticks(range(len(rows)), [f"{literal(name)}, {costs[name]:.2f}x" for name in rows])
         return render()
+
+
+def _columns(summary: dict) -> dict[tuple[str, str], dict[str, dict | None]]:
+    """Estimates by method, under a title and the label of their axis."""
+    runs, reference = summary["runs"], summary["reference"]
+    tuned = {name: run["fine-tuned"] or {} for name, run in runs.items()}
+    less, lower = "% less than {}\nbetter to the right", "nats per token above {}\nbetter to the left"
+    found = {
+        ("forgetting", less.format(reference)): {name: one.get("reduction") for name, one in tuned.items()},
+        ("loss after fine-tuning", lower.format(reference)): {
+            name: one.get("loss difference") for name, one in tuned.items()
+        },
+    }
+    for scheme in runs[reference]["quantized"]:
+        own = {name: run["quantized"][scheme] for name, run in runs.items()}
+        found[f"damage of {scheme}", less.format(reference)] = {name: one["reduction"] for name, one in own.items()}
+    return found
 
 
 def _plot_sweep(both: Sequence, sweep: Sequence[TunedRun], style: dict) -> None:

@@ -17,11 +17,14 @@ def figure(x: str, y: str, title: str = "") -> Iterator[tuple[Callable[[], bytes
 
 
 @contextlib.contextmanager
-def panels(*labels: tuple[str, str, str]) -> Iterator[tuple[Callable[[], bytes], list]]:
+def panels(
+    *labels: tuple[str, str, str], width: float = 6.4, height: float = 4.4
+) -> Iterator[tuple[Callable[[], bytes], list]]:
     """Open a figure with several pairs of axes, side by side.
 
     Args:
         labels (`tuple[str, str, str]`): of each pair, the x axis, the y axis and the title.
+        width, height (`float`, defaults to 6.4, 4.4): size of each pair, in inches.
 
     Yields:
         `tuple[Callable[[], bytes], list[matplotlib.axes.Axes]]`: a function that renders the figure to PNG, and the
@@ -35,7 +38,7 @@ def panels(*labels: tuple[str, str, str]) -> Iterator[tuple[Callable[[], bytes],
     from matplotlib.figure import Figure
 
     # Without pyplot, which keeps figures alive and may look for a display.
-    drawn = Figure(figsize=(6.4 * len(labels), 4.4), layout="constrained")
+    drawn = Figure(figsize=(width * len(labels), height), layout="constrained")
     FigureCanvasAgg(drawn)
     row = drawn.subplots(1, len(labels), squeeze=False)[0]
     for axes, (x, y, title) in zip(row, labels, strict=True):
