@@ -5,6 +5,7 @@ import re
 import shlex
 
 import pytest
+import torch
 
 from hf_sam.commands import main
 from hf_sam.commands.suggest_rho import STARTS
@@ -19,18 +20,18 @@ def test_at_the_radii_that_it_suggests_the_loss_rises_as_it_says(files, tmp_path
     """Measured again at those radii."""
     assert main(["suggest-rho", *flags(files)]) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if "--sam_" in line and line.startswith("| ")]
-    wanted = [start for start in STARTS if start.kind != "asam"]
+    wanted = [start for start in STARTS if "asam" not in start.rises]
     assert len(table) == len(wanted)
     for start, line in zip(wanted, table, strict=True):
         assert start.what in line
-        radius = float(re.search(start.flags.format(r"(\S+)"), line)[1])
-        again = tmp_path / f"{start.what}.json"
-        more = ["--kinds", start.kind, "--rhos", str(radius)]
-        assert main(["suggest-rho", *flags(files, json=again), *more]) == 0
-        profile = json.loads(again.read_text())[start.kind]
-        assert profile["rhos"] == [radius]
-        # Two digits of a radius that is interpolated on a grid of factor 2.
-        assert profile["mean_rises"] == [pytest.approx(start.rise, rel=0.15)]
+        radii = re.search(start.flags.format(**dict.fromkeys(start.rises, r"(\S+)")), line).groups()
+        for (kind, rise), radius in zip(start.rises.items(), radii, strict=True):
+            again = tmp_path / f"{start.what}.json"
+            assert main(["suggest-rho", *flags(files, json=again), "--kinds", kind, "--rhos", radius]) == 0
+            profile = json.loads(again.read_text())[kind]
+            assert profile["rhos"] == [float(radius)]
+            # Two digits of a radius that is interpolated on a grid of factor 2.
+            assert profile["mean_rises"] == [pytest.approx(rise, rel=0.15)]
 
 
 def test_its_command_trains(files, tmp_path, capsys):
@@ -40,8 +41,12 @@ def test_its_command_trains(files, tmp_path, capsys):
     command[command.index("--output_dir") + 1] = str(tmp_path / "out")
     rest = ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none", "--logging_steps", "1"]
     assert main([*command[1:], *rest]) == 0
-    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["log_history"][0]["sam/ascent_grad_norm"] > 0
+    args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
+    assert args.sam_variant == "momentum"
+    assert (args.sam_rho, args.sam_noise) == tuple(
+        float(command[command.index(f"--sam_{x}") + 1]) for x in ("rho", "noise")
+    )
+    assert args.sam_noise > 0
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_its_command_trains(files, tmp_path, capsys):
         ({"data": "absent.jsonl"}, "absent.jsonl"),
         ({"batches": 0}, "--batches 0 must be 1 or larger"),
         ({"ascent_batch_size": 4000}, "rows, but 2 batches of 4000 rows need 8000"),
-        ({"kinds": "friendly"}, "--kinds friendly must be some of sam, asam, momentum, noise"),
+        ({"kinds": "friendly"}, "--kinds friendly must be some of momentum, noise, sam, asam"),
         ({"rhos": -1}, "rhos=[-1.0] must be positive"),
         ({"device": "auto"}, "--device auto spreads"),
         ({"max_length": 10**6}, "takes 32 tokens at most"),
