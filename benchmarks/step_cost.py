@@ -61,7 +61,7 @@ class BenchmarkArguments:
     sizes: list[str] = field(default_factory=lambda: ["5m"], metadata={"help": "Models: 5m, 60m, 1b."})
     precisions: list[str] = field(default_factory=lambda: ["fp32"], metadata={"help": "fp32, bf16 (autocast)."})
     accumulation: list[int] = field(default_factory=lambda: [4], metadata={"help": "Micro-batches per step."})
-    kinds: list[str] = field(default_factory=list, metadata={"help": "Kinds of steps that contain one of these words."})
+    kinds: list[str] = field(default_factory=list, metadata={"help": "Kinds of steps, by name or a part of it; all if none."})
     rounds: int = field(default=7, metadata={"help": "Number of turns of each kind."})
     steps: int = field(default=4, metadata={"help": "Timed steps per turn after one, at least sam_interval."})
     batch_size: int = field(default=4, metadata={"help": "Rows per micro-batch."})
@@ -255,7 +255,11 @@ def main():
     if arguments.memory_of:
         print(peak_memory(Bench(settings[0], arguments), arguments.memory_of))
         return
-    chosen = [kind for kind in (*KINDS, *LOOPS) if any(word in kind for word in arguments.kinds or [""])]
+    known = [*KINDS, *LOOPS]
+    wanted = {word: [word] if word in known else [kind for kind in known if word in kind] for word in arguments.kinds}
+    if unknown := [word for word, found in wanted.items() if not found]:
+        raise SystemExit(f"--kinds {unknown[0]}: no kind of step has this in its name; they are {', '.join(known)}.")
+    chosen = [kind for found in wanted.values() for kind in found] or known
     kinds = list(dict.fromkeys(["Trainer", *(["plain loop"] if set(chosen) & set(LOOPS) else []), *chosen]))
     results = []
     for setting in settings:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from test_architecture import FACE, LAYERS
 
+from hf_sam.commands.suggest_rho import STARTS
+from hf_sam.runtime.config import read_config
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -41,3 +44,35 @@ def test_modules_that_a_paragraph_names_are_in_that_package(layer):
     for name in re.findall(r"`([\w/]+\.py)`", paragraph):
         folder = ROOT / "hf_sam" / layer
         assert (folder / name).exists() or (folder.parent / name).exists() or list(folder.rglob(name)), name
+
+
+COST = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+
+
+def table_that_begins(text: str, header: str) -> list[list[str]]:
+    """Cells of the first table whose header begins so, without the rule."""
+    lines = text[text.index(header) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| -")]
+
+
+def test_what_each_way_buys_is_the_table_of_the_report():
+    report = (ROOT / "recipes" / "results" / "toy-cost" / "report.md").read_text(encoding="utf-8")
+    found = table_that_begins(COST, "| run    ")
+    assert found == table_that_begins(report[report.index("## All runs") :], "| run")
+    assert len(found) == 12
+
+
+def test_settings_of_the_runs_are_those_of_the_preset():
+    runs = read_config(ROOT / "hf_sam" / "experiments" / "configs" / "presets" / "toy-cost.yaml")["anneal"]["runs"]
+    sam = {name: {k: str(v) for k, v in run.items() if k.startswith("sam_")} for name, run in runs.items()}
+    rows = {
+        row[0].strip("`"): dict(re.findall(r"`(sam_\w+)=([\w.]+)`", row[1]))
+        for row in table_that_begins(COST, "| run | settings")[1:]
+    }
+    assert {"adamw": {}, **rows} == sam
+
+
+def test_rises_of_the_starting_values_are_those_of_suggest_rho():
+    names = ["SAM in every step", "SAM in every 10th step", "ASAM in every 10th step", "momentum", "noise"]
+    rises = {start.what: "".join(f"{rise:g}" for rise in start.rises.values()) for start in STARTS}
+    assert table_that_begins(COST, "| model | ")[1][1:] == [rises[name] for name in names]
