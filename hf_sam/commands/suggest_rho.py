@@ -156,12 +156,13 @@ def profile_table(profile: RadiusProfile) -> str:
 
 def advice(profiles: dict[str, RadiusProfile], settings: SuggestRhoArguments, place: str) -> str:
     """Where to start, and a command."""
-    rows, command = [], ""
+    rows, command, uncertain = [], "", set()
     for start in STARTS:
         if not start.rises.keys() <= profiles.keys():
             continue
         radii = {kind: profiles[kind].radius_at(rise) for kind, rise in start.rises.items()}
         reached = None not in radii.values()
+        uncertain |= {kind for kind, rho in radii.items() if rho is not None and profiles[kind].is_uncertain_at(rho)}
         flags = start.flags.format(**{kind: f"{radius:.2g}" for kind, radius in radii.items()}) if reached else ""
         rises = " + ".join(f"{rise:g}" for rise in start.rises.values())
         rows.append([start.what, f"{start.cost:g}x", rises, flags or "out of range"])
@@ -172,6 +173,11 @@ def advice(profiles: dict[str, RadiusProfile], settings: SuggestRhoArguments, pl
         "",
         markdown_table(["what", "passes", "loss rise (nats)", "flags"], rows),
     ]
+    if uncertain:
+        lines += [
+            "",
+            f"Batches differ much in the rise for {', '.join(sorted(uncertain))}: take more of them (--batches).",
+        ]
     return "\n".join([*lines, *(["", command] if command else [])])
 
 

@@ -72,6 +72,11 @@ class RadiusProfile:
                 return float(np.exp(np.interp(np.log(rise), rises[i - 1 : i + 1], rhos[i - 1 : i + 1])))
         return None
 
+    def is_uncertain_at(self, rho: float) -> bool:
+        """Whether the standard error at the nearest radius exceeds half of the rise."""
+        nearest = int(np.abs(np.log(np.asarray(self.rhos) / rho)).argmin())
+        return bool(self.standard_errors[nearest] > self.mean_rises[nearest] / 2)
+
     def to_dict(self) -> dict:
         """For JSON."""
         means = {"mean_rises": self.mean_rises.tolist(), "curvature_shares": self.curvature_shares.tolist()}

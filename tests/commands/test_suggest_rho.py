@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_sam.commands import main
-from hf_sam.commands.suggest_rho import STARTS
+from hf_sam.commands.suggest_rho import STARTS, SuggestRhoArguments, advice
+from hf_sam.instruments import RadiusProfile
 
 
 def flags(files, **changes):
@@ -32,6 +33,17 @@ def test_at_the_radii_that_it_suggests_the_loss_rises_as_it_says(files, tmp_path
             assert profile["rhos"] == [float(radius)]
             # Two digits of a radius that is interpolated on a grid of factor 2.
             assert profile["mean_rises"] == [pytest.approx(rise, rel=0.15)]
+
+
+def test_it_says_where_batches_differ_too_much():
+    even, uneven = ((0.1, 0.3), (0.2, 0.5)), ((0.01, 0.02), (0.2, 1.5))
+    settings = SuggestRhoArguments(data="texts.jsonl")
+    profiles = {
+        kind: RadiusProfile((0.1, 0.2), rises, (2.0, 2.0), (0.0, 0.0), 4, 100, kind)
+        for kind, rises in (("noise", even), ("momentum", uneven))
+    }
+    assert "Batches differ much in the rise for momentum: take more" in advice(profiles, settings, "model")
+    assert "differ" not in advice({"noise": profiles["noise"]}, settings, "model")
 
 
 def test_its_command_trains(files, tmp_path, capsys):

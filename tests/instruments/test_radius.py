@@ -122,6 +122,13 @@ def test_radius_at_takes_the_smallest_and_passes_over_falls():
     assert profile.radius_at(0.2) == pytest.approx(0.2 * 2**0.5)
     assert profile.radius_at(0.05) is None
     assert np.isnan(profile.standard_errors).all()
+    assert not profile.is_uncertain_at(0.2)
+
+
+def test_radii_at_which_batches_differ_are_uncertain():
+    profile = RadiusProfile((0.1, 0.2), ((0.1, 0.1), (0.11, 0.7)), (1.0, 1.0), (1.0, 1.0), 4, 100)
+    assert not profile.is_uncertain_at(0.11)
+    assert profile.is_uncertain_at(0.18)
 
 
 def test_the_model_is_left_as_it_was():
