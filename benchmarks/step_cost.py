@@ -8,6 +8,9 @@ after each turn of another kind, which is compared with the mean of the two, so 
 cancel. The table has the median of these ratios over the rounds, and their quartiles; "Trainer, again" shows the noise.
 Loops without a trainer are compared with the plain loop in the same way.
 
+On a CPU, the C library is told to keep freed memory, as the allocators of accelerators do. By itself it gives the memory
+of each step back to the system, and clearing it again would be measured.
+
 Peak memory is measured in a process of its own for each kind: what the allocator of the accelerator held, or on a CPU
 the resident memory beyond what the process has before training.
 """
@@ -61,7 +64,9 @@ class BenchmarkArguments:
     sizes: list[str] = field(default_factory=lambda: ["5m"], metadata={"help": "Models: 5m, 60m, 1b."})
     precisions: list[str] = field(default_factory=lambda: ["fp32"], metadata={"help": "fp32, bf16 (autocast)."})
     accumulation: list[int] = field(default_factory=lambda: [4], metadata={"help": "Micro-batches per step."})
-    kinds: list[str] = field(default_factory=list, metadata={"help": "Kinds of steps, by name or a part of it; all if none."})
+    kinds: list[str] = field(
+        default_factory=list, metadata={"help": "Kinds of steps, by name or a part of it; all if none."}
+    )
     rounds: int = field(default=7, metadata={"help": "Number of turns of each kind."})
     steps: int = field(default=4, metadata={"help": "Timed steps per turn after one, at least sam_interval."})
     batch_size: int = field(default=4, metadata={"help": "Rows per micro-batch."})
@@ -247,7 +252,15 @@ def _machine() -> str:
     return f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
+def keep_freed_memory() -> None:
+    """Start this program again under glibc settings that keep freed memory; they are read at its start only."""
+    settings = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+    if not torch.cuda.is_available() and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+
+
 def main():
+    keep_freed_memory()
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     settings = [
         Setting(*each) for each in itertools.product(arguments.sizes, arguments.precisions, arguments.accumulation)

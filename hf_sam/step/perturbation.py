@@ -68,11 +68,8 @@ class Fragment:
             first += master.numel()
 
     def _piece(self, weight, master, grad, moments, key, first) -> Piece:
-        if grad is None:
-            grad = torch.empty_like(weight, dtype=torch.promote_types(torch.float32, weight.dtype))
-
         def noise():
-            return self.draw(f"{key} {self.name}", first, master.numel(), grad.device)
+            return self.draw(f"{key} {self.name}", first, master.numel(), self.device)
 
         named = dict(zip(self.moments, moments, strict=True))
         return Piece(self.name, master, grad, self.pairs, named, noise, stored=weight)
@@ -182,11 +179,14 @@ def _perturb_fp32(fragments, variant, scale, finite, key, relative_noise) -> lis
 def _to_perturbation(pieces: list[Piece], variant, scale, blocked, relative_noise: float) -> None:
     """Replace the gradient of each piece by e; by 0 if `blocked`."""
     variant.to_direction(pieces)
-    torch._foreach_mul_([piece.gradient for piece in pieces], scale)
+    if directions := [piece.gradient for piece in pieces if piece.gradient is not None]:
+        torch._foreach_mul_(directions, scale)
     for piece in pieces:
-        if relative_noise:
-            # Of a complex weight, both parts move, each by its share.
-            size = relative_noise / 2**0.5 if piece.pairs else relative_noise
+        # Of a complex weight, both parts move, each by its share.
+        size = relative_noise / 2**0.5 if piece.pairs else relative_noise
+        if piece.gradient is None:
+            piece.gradient = piece.noise().to(piece.dtype).mul_(piece.magnitude).mul_(size)
+        elif relative_noise:
             piece.gradient.addcmul_(piece.magnitude, piece.noise(), value=size)
         # 0 * inf is NaN, so a zero scale alone would not cancel a non-finite gradient.
         piece.gradient.masked_fill_(blocked, 0.0)

@@ -20,21 +20,22 @@ class Piece:
     Args:
         name (`str`): name of the parameter.
         master (`torch.Tensor`): w in any precision, on any device.
-        gradient (`torch.Tensor`): g, of the same shape; without an ascent pass, scratch memory of this shape.
+        gradient (`torch.Tensor` or `None`): g, of the same shape; `None` without an ascent pass.
         pairs (`bool`): whether the last dimension holds real and imaginary parts of complex weights.
         moments (`dict[str, torch.Tensor]`): moments of the optimizer, each of the same shape, on any device.
         noise (`Callable[[], torch.Tensor]`, *optional*): draws random numbers of mean 0 and variance 1, same shape.
         stored (`torch.Tensor`, *optional*): the weights that are perturbed, of the same shape.
 
     Attributes:
-        gradient (`torch.Tensor`): g; [`Variant.to_direction`] overwrites it with d.
+        gradient (`torch.Tensor` or `None`): g; [`Variant.to_direction`] overwrites it with d, or puts d in its place.
+        device (`torch.device`): where e is computed.
     """
 
     def __init__(
         self,
         name: str,
         master: torch.Tensor,
-        gradient: torch.Tensor,
+        gradient: torch.Tensor | None,
         pairs: bool = False,
         moments: dict[str, torch.Tensor] | None = None,
         noise: Callable[[], torch.Tensor] | None = None,
@@ -47,14 +48,17 @@ class Piece:
         self._moments = moments or {}
         self._noise = noise
         self.stored = stored
-        dtype = torch.promote_types(torch.float32, torch.promote_types(master.dtype, gradient.dtype))
-        self.gradient = gradient.to(dtype)
+        self.dtype = torch.promote_types(torch.float32, master.dtype)
+        self.gradient, self.device = None, (master if stored is None else stored).device
+        if gradient is not None:
+            self.dtype = torch.promote_types(self.dtype, gradient.dtype)
+            self.gradient, self.device = gradient.to(self.dtype), gradient.device
 
     @property
     def weight(self) -> torch.Tensor:
         """w on the device and in the precision of the gradient. Do not modify it."""
         if self._weight is None:  # lazy, because offloaded weights are copied to the device
-            self._weight = self._like_gradient(self.master)
+            self._weight = self.master.to(self.device, self.dtype)
         return self._weight
 
     @property
@@ -68,15 +72,12 @@ class Piece:
     def moment(self, kind: str) -> torch.Tensor:
         """The `"first"` or `"second"` moment of the optimizer; 0 before its first step. Do not modify it."""
         if kind not in self._moments:
-            return torch.zeros_like(self.gradient)
-        return self._like_gradient(self._moments[kind])
+            return torch.zeros(self.master.shape, dtype=self.dtype, device=self.device)
+        return self._moments[kind].to(self.device, self.dtype)
 
     def noise(self) -> torch.Tensor:
         """The random numbers of `sam_noise`: mean 0 and variance 1, the same in each call; shape of the weights."""
-        return self._noise().view(self.gradient.shape)
-
-    def _like_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.gradient.device, self.gradient.dtype)
+        return self._noise().view(self.master.shape)
 
 
 class Variant(abc.ABC):
@@ -103,7 +104,7 @@ class Variant(abc.ABC):
 
     @abc.abstractmethod
     def to_direction(self, pieces: list[Piece]) -> None:
-        """Replace the gradient of each piece by d, in place and without waiting for the device."""
+        """Replace the gradient of each piece by d, in place or by a new tensor, without waiting for the device."""
 
     def state_dict(self) -> dict:
         """The state that a resumed run needs; part of [`SAMStep.state_dict`]."""

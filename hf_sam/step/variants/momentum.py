@@ -21,6 +21,6 @@ class Momentum(Variant):
         return torch.linalg.vector_norm(piece.moment("first")).square()
 
     def to_direction(self, pieces):
-        directions = [piece.gradient for piece in pieces]
-        torch._foreach_copy_(directions, [piece.moment("first") for piece in pieces])
-        torch._foreach_neg_(directions)
+        directions = torch._foreach_neg([piece.moment("first") for piece in pieces])
+        for piece, direction in zip(pieces, directions, strict=True):
+            piece.gradient = direction

@@ -14,7 +14,7 @@ class Still(Variant):
     passes = 1
 
     def squared_norm(self, piece):
-        return torch.zeros((), device=piece.gradient.device)
+        return torch.zeros((), device=piece.device)
 
     def to_direction(self, pieces):
-        torch._foreach_zero_([piece.gradient for piece in pieces])
+        pass  # without a gradient, d = 0
