@@ -8,8 +8,8 @@ after each turn of another kind, which is compared with the mean of the two, so 
 cancel. The table has the median of these ratios over the rounds, and their quartiles; "Trainer, again" shows the noise.
 Loops without a trainer are compared with the plain loop in the same way.
 
-On a CPU, the C library is told to keep freed memory, as the allocators of accelerators do. By itself it gives the memory
-of each step back to the system, and clearing it again would be measured.
+On a CPU, the C library is told to keep freed memory, as the allocators of accelerators do. By itself it gives memory
+back to the system after each step, and the time to get it again would be measured.
 
 Peak memory is measured in a process of its own for each kind: what the allocator of the accelerator held, or on a CPU
 the resident memory beyond what the process has before training.
