@@ -260,8 +260,8 @@ def keep_freed_memory() -> None:
 
 
 def main():
-    keep_freed_memory()
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
+    keep_freed_memory()
     settings = [
         Setting(*each) for each in itertools.product(arguments.sizes, arguments.precisions, arguments.accumulation)
     ]
