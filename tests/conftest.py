@@ -12,13 +12,20 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers look for groups
-def pytest_collection_modifyitems(items):
-    """Tests of a file share what it sets up, those of distributed/ even their runs: each group stays in one worker."""
-    for item in items:
-        folder = item.path.parent
-        group = folder.name if folder.name == "distributed" else str(item.path.relative_to(item.config.rootpath))
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)  # also without xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of a file share what it sets up, those of distributed/ even their runs: they stay in one worker.
+
+    Marks for `--dist loadgroup` would say the same, but under pytest 9.2 xdist 3.8 does not see them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            folder, _, file = nodeid.partition("::")[0].rpartition("/")
+            return folder if folder.endswith("/distributed") else f"{folder}/{file}"
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
