@@ -68,7 +68,7 @@ COMMANDS = {
         "suggest-rho MODEL",
         "the loss at the perturbed weights for many radii on your data, and radii to start with",
         "eval",
-        _EVAL[:1],
+        _EVAL,
     ),
     "report": Command("report", "report DIR...", "compare evaluations; the first one is the reference", "eval", _EVAL),
     "compare": Command(

@@ -187,5 +187,7 @@ def _command(place: str, settings: SuggestRhoArguments, flags: str) -> str:
     per_pass = max(size for size in range(1, settings.batch_size + 1) if rows % size == 0)
     training = ["--per_device_train_batch_size", per_pass, "--gradient_accumulation_steps", rows // per_pass]
     data = ["--dataset_name", parse_spec(settings.data)[1], "--max_length", length, "--output_dir", "out"]
-    name = "clm" if settings.data_column not in ("completion", "messages") else "sft"
+    name = "sft" if settings.data_column in ("completion", "messages") else "clm"
+    if name == "clm" and settings.data_column != "text":
+        data += ["--dataset_text_field", settings.data_column]
     return shlex.join(["hf-sam", name, "--model_name_or_path", place, *map(str, [*data, *training]), *flags.split()])

@@ -46,6 +46,18 @@ def test_it_says_where_batches_differ_too_much():
     assert "differ" not in advice({"noise": profiles["noise"]}, settings, "model")
 
 
+def test_its_command_names_the_column_of_the_data():
+    profiles = {"noise": RadiusProfile((0.1, 0.2), ((0.1, 0.3),), (2.0,), (0.0,), 4, 100, "noise")}
+    named = {
+        column: advice(profiles, SuggestRhoArguments(data="texts.jsonl", data_column=column), "model").splitlines()[-1]
+        for column in ("text", "body", "messages")
+    }
+    assert named["text"].startswith("hf-sam clm ")
+    assert "--dataset_text_field" not in named["text"]
+    assert "--dataset_text_field body" in named["body"]
+    assert named["messages"].startswith("hf-sam sft ")
+
+
 def test_its_command_trains(files, tmp_path, capsys):
     assert main(["suggest-rho", *flags(files)]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
