@@ -87,13 +87,18 @@ class Results:
             return {}
         return {task: BenchmarkResult.from_dict(values) for task, values in found[0]["result"].items()}
 
-    def sweep(self) -> list[TunedRun]:
+    def sweep(self, variant: str = "") -> list[TunedRun]:
         """The tuned models as runs of a sweep, on the first old and the first task data; empty without the latter.
 
         A model whose losses could not be measured, e.g. because its training diverged, is left out.
+
+        Args:
+            variant (`str`): the scheme that the tuned models are quantized to. The base that they are compared with is
+                not quantized, so that forgetting includes the damage of the scheme.
         """
         before = self.loss(self.base, self.old[0])
         if not self.tasks or before is None:
             return []
-        losses = {name: (self.loss(name, self.old[0]), self.loss(name, self.tasks[0])) for name in self.tuned}
+        data = (self.old[0], self.tasks[0])
+        losses = {name: tuple(self.loss(name, each, variant) for each in data) for name in self.tuned}
         return [TunedRun(name, before, *pair) for name, pair in losses.items() if None not in pair]

@@ -1,7 +1,7 @@
 """A preset as stages: pretrain, anneal in several ways, fine-tune each over a sweep, evaluate each, compare all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..planning import parse_tokens
@@ -113,8 +113,9 @@ class Experiment:
             stages += sweep
             needs = tuple(stage.name for stage in sweep) or (f"anneal/{run.place}",)
             stages.append(self._comparison(f"evaluate/{run.place}", [run], needs))
-        stages.append(self._comparison("report", runs, tuple(f"evaluate/{run.place}" for run in runs)))
-        return stages
+        report = self._comparison("report", runs, tuple(f"evaluate/{run.place}" for run in runs))
+        # Two presets that share runs may share a folder: each compares its own runs.
+        return [*stages, replace(report, replaceable=True)]
 
     def with_seeds(self, kind: str) -> list[Run]:
         """Runs of a kind of stage, each with each seed of the preset."""

@@ -29,10 +29,12 @@ class Stage:
     Attributes:
         name (`str`): name of the stage, of its log and of its config file.
         command (`str`): name of the sub-command.
-        settings (`dict`): its flags, as in a config file. If they change, a finished stage is refused.
+        settings (`dict`): its flags, as in a config file. If they change, a finished stage is refused, or run again.
         needs (`tuple[str, ...]`): names of the stages that must be finished before.
         wide (`bool`): whether it uses all devices of the machine.
         late_settings (`Callable[[], dict]`): more flags, which are known when the stages in `needs` are finished.
+        replaceable (`bool`): whether it is run again with other settings, because it overwrites nothing but its own
+            report.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     wide: bool = False
     late_settings: Callable[[], dict] = dict
+    replaceable: bool = False
 
 
 class Chain:
@@ -91,13 +94,15 @@ class Chain:
         """Whether a stage is finished, and was run after those that it needs.
 
         Raises:
-            ValueError: if it was run with other settings.
+            ValueError: if it was run with other settings and is not replaceable.
         """
         path = self._mark(stage)
         mark = read_json(path)
         if mark is None or mark["needs"] != self._runs_of(stage.needs):
             return False
         before, now = mark["settings"], json.loads(json.dumps(stage.settings))
+        if before != now and stage.replaceable:
+            return False
         if before != now:
             changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             raise ValueError(

@@ -42,6 +42,9 @@ def _line(name: str, run: dict) -> dict:
         line |= _estimate(f"{scheme}_reduction_percent", quantized["reduction"])
         line[f"{scheme}_loss"] = quantized["loss"]
         line |= _estimate(f"{scheme}_loss_difference", quantized["loss difference"])
+        both = run["fine-tuned and quantized"][scheme] or {}
+        line[f"fine_tuned_{scheme}_loss"] = both.get("loss")
+        line |= _estimate(f"fine_tuned_{scheme}_loss_difference", both.get("loss difference"))
     for found in run["benchmarks"]:
         line[f"accuracy_percent_{found['model']}"] = found["mean"]
     matched = run["benchmarks at equal task loss"] or {}

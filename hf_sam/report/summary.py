@@ -52,6 +52,10 @@ def summarize(results: Sequence[Results], pattern: str = SEED_PATTERN) -> dict:
             "quantized": {scheme: _quantized(reference, method, data, scheme) for scheme in schemes},
             "has tuned models": any(one.tuned for one in method.results),
             "fine-tuned": _fine_tuned(reference, method) if method is not reference else None,
+            "fine-tuned and quantized": {
+                scheme: _fine_tuned(reference, method, scheme) if method is not reference else None
+                for scheme in schemes
+            },
             "sweep": [_point(one, run) for one in method.results for run in one.sweep()],
             "benchmarks": _benchmark_means(method, schemes),
             "benchmarks at equal task loss": _scores(reference, method) if method is not reference else None,
@@ -113,8 +117,9 @@ def _quantized(reference: Method, method: Method, data: str, scheme: str) -> dic
     }
 
 
-def _fine_tuned(reference: Method, method: Method) -> dict | None:
-    sweeps = [[one.sweep() for one in side] for side in zip(*pair(reference, method), strict=True)]
+def _fine_tuned(reference: Method, method: Method, scheme: str = "") -> dict | None:
+    """The fine-tuned models at equal task loss, in full precision or quantized; None if there are none."""
+    sweeps = [[one.sweep(scheme) for one in side] for side in zip(*pair(reference, method), strict=True)]
     if not any(sweeps[1]):
         return None
     try:

@@ -99,7 +99,17 @@ def add_tables(document: Document, summary: dict) -> None:
     """Add the tables of a summary to a report."""
     _add_training(document, summary)
     _add_quantized(document, summary)
-    _add_fine_tuned(document, summary)
+    found = {name: run["fine-tuned"] for name, run in summary["runs"].items()}
+    along = (
+        "Means over the range of task losses that both sweeps span, along curves through the runs on the frontier of "
+        "each sweep."
+    )
+    _add_fine_tuned(document, "Fine-tuned, at equal task loss", found, summary["reference"], along)
+    for scheme in summary["runs"][summary["reference"]]["quantized"]:
+        found = {name: run["fine-tuned and quantized"][scheme] for name, run in summary["runs"].items()}
+        title = f"Fine-tuned and quantized to {scheme}, at equal task loss"
+        what = f"The same for the tuned models in {code(scheme)}, on both data, against the base in full precision."
+        _add_fine_tuned(document, title, found, summary["reference"], what)
     _add_benchmarks(document, summary)
 
 
@@ -150,15 +160,17 @@ def _add_quantized(document: Document, summary: dict) -> None:
         document.text(f"Not compared: {code(scheme)}, which only {', '.join(map(code, runs))} was quantized to.")
 
 
-def _add_fine_tuned(document: Document, summary: dict) -> None:
-    runs = {name: run["fine-tuned"] for name, run in summary["runs"].items() if run["fine-tuned"] is not None}
+def _add_fine_tuned(
+    document: Document, title: str, runs: Mapping[str, dict | None], reference: str, explanation: str
+) -> None:
+    runs = {name: found for name, found in runs.items() if found is not None}
     if not runs:
         return
-    document.heading("Fine-tuned, at equal task loss")
+    document.heading(title)
     rows, problems = [], []
     for name, found in runs.items():
         if "missing" in found:
-            against = f"{code(name)} against {code(summary['reference'])}"
+            against = f"{code(name)} against {code(reference)}"
             document.text(f"{against} at equal task loss: missing. {found['missing']}")
             continue
         problems += found["warnings"]
@@ -172,7 +184,7 @@ def _add_fine_tuned(document: Document, summary: dict) -> None:
                     ".1f",
                     "%",
                     problems,
-                    absent=f"{summary['reference']} forgot nothing",
+                    absent=f"{reference} forgot nothing",
                     less_is_better=False,
                 ),
                 f"{found['loss of the reference']:.4f} -> {found['loss']:.4f}",
@@ -180,10 +192,7 @@ def _add_fine_tuned(document: Document, summary: dict) -> None:
             ]
         )
     if rows:
-        document.text(
-            "Means over the range of task losses that both sweeps span, along curves through the runs on the frontier "
-            "of each sweep."
-        )
+        document.text(explanation)
         counts = [found["seeds"] for found in runs.values() if "missing" not in found]
         reduction = f"reduction [95%, {_seeds(counts)}]"
         header = [

@@ -187,6 +187,19 @@ def test_with_seeds_each_run_has_its_own_pretraining_data_order_sweep_and_evalua
     }
 
 
+def test_presets_that_share_a_folder_share_their_runs(tmp_path):
+    chains = [
+        {stage.name: stage for stage in Experiment(read_preset(name), tmp_path, 1).stages()}
+        for name in ("toy-interval", "toy-cost")
+    ]
+    shared = chains[0].keys() & chains[1].keys()
+    assert {f"anneal/{name}" for name in ("adamw", "sam", "sam-every-10", "sam-every-10-quarter")} < shared
+    different = {name for name in shared if chains[0][name].settings != chains[1][name].settings}
+    assert different == {"report"}
+    assert chains[0]["report"].replaceable
+    assert not any(stage.replaceable for name, stage in chains[0].items() if name != "report")
+
+
 @pytest.mark.parametrize("seeds", [[1, 1], [-1], 3, ["one"], [1.5], [True]])
 def test_seeds_are_different_integers(seeds, tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"extends": str(PRESETS / "toy.yaml"), "seeds": seeds}))

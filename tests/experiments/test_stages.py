@@ -128,6 +128,15 @@ def test_other_settings_of_what_is_done_are_refused(tmp_path):
     assert len(names(tmp_path)) == 1
 
 
+def test_a_report_of_other_runs_replaces_the_one_before(tmp_path):
+    """Two presets that share runs may share a folder."""
+    a, b = Program("a"), Program("b")
+    for runs, needs in (("a", ["a"]), ("ab", ["a", "b"]), ("ab", ["a", "b"])):
+        report = Program("report", needs, settings={"runs": list(runs)}, replaceable=True)
+        assert drive(tmp_path, [a, b, report] if len(needs) > 1 else [a, report])[0]
+    assert names(tmp_path) == ["a", "report", "b", "report"]
+
+
 def test_a_chain_that_cannot_be_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'a' needs unknown stage 'b'"):
         Chain([Stage("a", "", {}, ("b",))], tmp_path)

@@ -24,6 +24,7 @@ class Program:
     body: str = ""
     settings: dict = field(default_factory=dict)
     wide: bool = False
+    replaceable: bool = False
 
 
 def write(folder: Path, programs: list[Program]) -> None:
@@ -42,7 +43,8 @@ def _stage(program: Program) -> Stage:
             raise ValueError("there is no checkpoint")
         return {"late": True}
 
-    return Stage(program.name, program.body, program.settings, tuple(program.needs), program.wide, late)
+    needs = tuple(program.needs)
+    return Stage(program.name, program.body, program.settings, needs, program.wide, late, program.replaceable)
 
 
 def command(folder: Path):

@@ -14,11 +14,18 @@ def loss(value: float) -> dict:
     return HeldOutLoss(value * tokens.astype(float), tokens).to_dict()
 
 
-def results(name: str, base: float, quantized: float, sweep: dict[float, float]) -> Results:
-    """An evaluation: loss of the base, loss in few bits, and loss on old text by task loss of the fine-tuned models."""
+def results(
+    name: str, base: float, quantized: float, sweep: dict[float, float], both: tuple[float, float] | None = None
+) -> Results:
+    """An evaluation: loss of the base, loss in few bits, and loss on old text by task loss of the fine-tuned models.
+
+    `both` is what few bits add to the task loss and to the loss on old text of the fine-tuned models.
+    """
     parts = [("base", "old", "", base), ("base", "old", "nf4", quantized)]
     for task, old in sweep.items():
         parts += [(f"lr-{task}", "old", "", old), (f"lr-{task}", "task", "", task)]
+        if both is not None:
+            parts += [(f"lr-{task}", "task", "nf4", task + both[0]), (f"lr-{task}", "old", "nf4", old + both[1])]
     record = {
         "name": name,
         "settings": {"quantize": ["nf4"], "dtype": "float32"},
@@ -57,6 +64,32 @@ def test_a_run_that_loses_less_has_a_positive_reduction_and_one_that_loses_more_
     assert "| less | 1.50 to 2.50 | 0.3999 -> 0.2000" in text
     assert "reduction [95%, 1 seed]" in text
     assert "One training seed" in text
+
+
+def test_models_that_are_fine_tuned_and_quantized_are_compared_at_equal_task_loss_in_few_bits():
+    """At a task loss of 2.1 to 2.5 in few bits, on which both are straight lines."""
+    more = results("more", 3.0, 3.1, {2.5: 3.2, 2.0: 3.4, 1.5: 3.6}, both=(0.0, 0.1))
+    less = results("less", 3.1, 3.16, {2.4: 3.2, 2.0: 3.3, 1.4: 3.45}, both=(0.1, 0.02))
+    summary = summarize([more, less])
+    found = summary["runs"]["less"]["fine-tuned and quantized"]["nf4"]
+    assert found["task losses"] == pytest.approx([1.5, 2.5])
+    # Loss on old text: 4.2 - 0.4 * task + 0.1 of the one; 3.8 - 0.25 * (task - 0.1) + 0.02 of the other.
+    assert found["loss of the reference"] == pytest.approx(3.5, abs=2e-3)
+    assert found["loss"] == pytest.approx(3.345, abs=2e-3)
+    assert found["loss difference"]["value"] == pytest.approx(-0.155, abs=3e-3)
+    # Both the fine-tuning and the few bits have taken something from the base, which was 3.0 and 3.1.
+    assert found["reduction"]["value"] == pytest.approx(100 * (1 - 0.245 / 0.5), abs=1)
+    assert summary["runs"]["more"]["fine-tuned and quantized"] == {"nf4": None}
+    text = text_of(summary)
+    assert "Fine-tuned and quantized to nf4, at equal task loss" in text
+    assert "| less | 1.50 to 2.50 | 0.5" in text
+
+
+def test_without_quantized_fine_tuned_models_the_report_has_no_table_of_them():
+    runs = [results(name, 3.0, 3.1, {2.5: 3.2, 2.0: 3.4, 1.5: 3.6}) for name in ("one", "other")]
+    summary = summarize(runs)
+    assert summary["runs"]["other"]["fine-tuned and quantized"] == {"nf4": None}
+    assert "Fine-tuned and quantized" not in text_of(summary)
 
 
 def test_sweeps_without_a_task_loss_in_common_are_not_compared():
