@@ -142,8 +142,9 @@ def read_config(file: str | Path) -> dict:
 def _read(file: Path, above: tuple[Path, ...]) -> dict:
     if file.resolve() in above:
         raise UsageError(f"The config file {file} extends itself.")
-    content = {name: _relative_to(file.parent, value) for name, value in _read_yaml(file).items()}
+    content = _read_yaml(file)
     bases = content.pop(EXTENDS, None) or []
+    content = _relative_to(file.parent, content)
     settings = {}
     for base in bases if isinstance(bases, list) else [bases]:
         settings = merge(settings, _read(file.parent / base, (*above, file.resolve())))

@@ -31,6 +31,18 @@ def test_a_file_extends_another_and_flags_win(tmp_path):
     assert make_parser().parse([*argv, "--seed", "6"])[2].seed == 6
 
 
+def test_the_file_above_is_found_from_the_folder_of_this_one_wherever_the_command_starts(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("seed: 3\nname: ./model\n")
+    (tmp_path / "sub" / "own.yaml").write_text("extends: ../base.yaml\n")
+    (tmp_path / "sub" / "last.yaml").write_text("extends: [./own.yaml]\n")
+    for folder in (tmp_path, tmp_path / "sub", Path("/")):
+        monkeypatch.chdir(folder)
+        found = read_config(os.path.relpath(tmp_path / "sub" / "last.yaml"))
+        assert found["seed"] == 3
+        assert Path(found["name"]).resolve() == tmp_path / "model"
+
+
 def test_files_merge_key_by_key_and_null_removes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text("runs: {one: {rho: 1, seed: 2}, two: {}, three: null}\nfiles: [x, y]\n")
