@@ -1,6 +1,5 @@
 """`hf-sam suggest-rho MODEL --data ...`: the loss at w + e for many radii, and radii to start with."""
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..evaluation.models import Models
 from ..instruments import RadiusProfile, radius_profile
 from ..runtime.config import ConfigParser
 from ..runtime.dataset_specs import parse_spec
+from ..runtime.disk import check_writable, write_json
 from ..runtime.markdown import markdown_table
 from ..runtime.models import find_model
 
@@ -108,6 +108,8 @@ def main(argv: list[str]) -> int:
     flags.pop("config")
     settings = SuggestRhoArguments(**flags)
     logging.set_verbosity_error()
+    if settings.json:
+        check_writable(Path(settings.json).parent)
     source = find_model(place)
     source.check_length(settings.max_length)
     name, data = load_held_out(
@@ -138,7 +140,7 @@ def main(argv: list[str]) -> int:
     print("\n" + advice(profiles, settings, place))
     if settings.json:
         found = {kind: profile.to_dict() for kind, profile in profiles.items()}
-        Path(settings.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(settings.json), found)
     return 0
 
 

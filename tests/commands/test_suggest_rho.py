@@ -58,6 +58,19 @@ def test_its_command_names_the_column_of_the_data():
     assert named["messages"].startswith("hf-sam sft ")
 
 
+def test_a_loss_that_overflows_is_null_in_the_json_file(files, tmp_path, capsys):
+    path = tmp_path / "new" / "numbers.json"
+    assert main(["suggest-rho", *flags(files, json=path), "--kinds", "sam", "--rhos", "0.01", "1e30"]) == 0
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    found = json.loads(path.read_text(), parse_constant=refuse)["sam"]
+    assert found["mean_rises"][0] > 0
+    assert found["mean_rises"][1] is None
+    assert found["rhos"] == [0.01, 1e30]
+
+
 def test_its_command_trains(files, tmp_path, capsys):
     assert main(["suggest-rho", *flags(files)]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
@@ -83,6 +96,7 @@ def test_its_command_trains(files, tmp_path, capsys):
         ({"kinds": "friendly"}, "--kinds friendly must be some of momentum, noise, sam, asam"),
         ({"rhos": -1}, "rhos=[-1.0] must be positive"),
         ({"device": "auto"}, "--device auto spreads"),
+        ({"json": "/dev/null/numbers.json"}, "cannot be written to: /dev/null is a file"),
         ({"max_length": 10**6}, "takes 32 tokens at most"),
         ({"sam_roh": 1}, "unrecognized argument --sam_roh"),
     ],
