@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import Branches, arguments, olmo2, step_logs, token_dataset, trainer
 from transformers import Trainer, TrainerCallback
 
 from hf_sam import SAMTrainer
+from hf_sam.commands.suggest_rho import STARTS
+from hf_sam.step.metrics import SAMMetrics
+from hf_sam.step.perturbation import Perturbation
 
 SAM_METRICS = {"sam/perturbed_loss", "sam/sharpness", "sam/ascent_grad_norm", "sam/perturbation_kept", "sam/skipped"}
 
@@ -136,3 +140,15 @@ def test_tokens_seen_are_counted_once(tmp_path):
         run.train()
         counts.append(run.state.num_input_tokens_seen)
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("rise", [*(rise for start in STARTS for rise in start.rises.values()), 20.0])
+def test_the_radii_that_suggest_rho_gives_raise_no_warning(rise, caplog):
+    metrics = SAMMetrics(Accelerator(cpu=True))
+    clean = torch.tensor(2.2)
+    whole = Perturbation(torch.tensor(0.4), torch.tensor(3.2), torch.tensor(True), moved=None)
+    with caplog.at_level("WARNING", logger="hf_sam"):
+        metrics.update(clean, clean + rise, whole, rho=3.2)
+        metrics.pop()
+    assert caplog.text.count("sam_rho=3.2 is too large: the loss is 22.2") == (rise == 20.0)
+    assert caplog.text.count("WARNING") == (rise == 20.0)
