@@ -1,11 +1,12 @@
 """A preset as stages: pretrain, anneal in several ways, fine-tune each over a sweep, evaluate each, compare all."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..planning import parse_tokens
-from ..runtime.checkpoints import last_complete
+from ..runtime.checkpoints import complete, last_complete
 from ..runtime.config import merge, read_config
 from .stages import Stage
 
@@ -108,7 +109,7 @@ class Experiment:
         runs = self.with_seeds("anneal")
         for run in runs:
             source = self._source(run)
-            stages.append(self._training("anneal", run, (f"pretrain/{source.place}",) if source else first))
+            stages.append(self._training("anneal", run, (f"pretrain/{source[0].place}",) if source else first))
             sweep = [self._sweep(run, rates) for rates in self._rates_of_stages()]
             stages += sweep
             needs = tuple(stage.name for stage in sweep) or (f"anneal/{run.place}",)
@@ -125,15 +126,29 @@ class Experiment:
         """Runs of a kind of stage, and what each changes in the settings."""
         return {name: run or {} for name, run in self.preset.get(kind, {}).get("runs", {}).items()}
 
-    def source(self, run: dict) -> str | None:
-        """The pretraining run that an annealing run begins with; None if it begins with a model."""
-        pretraining = list(self.runs("pretrain"))
-        return run.get("from", pretraining[0] if pretraining else None)
+    def source(self, run: dict) -> tuple[str, int | None] | None:
+        """The pretraining run that an annealing run begins with, and the step of its checkpoint; None for a model.
 
-    def _source(self, run: Run) -> Run | None:
-        """The pretraining run with the same seed that an annealing run begins with."""
-        name = self.source(self.runs("anneal")[run.name])
-        return None if name is None else Run(name, run.seed)
+        `from: stable` in a preset means its last checkpoint, `from: stable/checkpoint-500` an earlier one.
+
+        Raises:
+            ValueError: if `from` has another form.
+        """
+        pretraining = list(self.runs("pretrain"))
+        place = run.get("from", pretraining[0] if pretraining else None)
+        if place is None:
+            return None
+        found = re.fullmatch(r"([^/]+)(?:/checkpoint-(\d+))?", str(place))
+        if found is None:
+            raise ValueError(
+                f"from: {place!r} must be the name of a pretraining run or one of its checkpoints: NAME/checkpoint-500."
+            )
+        return found[1], int(found[2]) if found[2] else None
+
+    def _source(self, run: Run) -> tuple[Run, int | None] | None:
+        """The pretraining run with the same seed that an annealing run begins with, and the step of its checkpoint."""
+        found = self.source(self.runs("anneal")[run.name])
+        return None if found is None else (Run(found[0], run.seed), found[1])
 
     def settings(self, kind: str, run: dict | None = None) -> dict:
         """Settings of a stage: those of its config file, changed by the preset, changed by the run."""
@@ -157,11 +172,15 @@ class Experiment:
         def checkpoint_of_source() -> dict:
             if source is None:
                 return {}
-            folder = self.output / "pretrain" / source.place
-            checkpoint = last_complete(folder)
-            if checkpoint is None:
-                raise ValueError(f"{folder} holds no checkpoint to anneal from. Set save_steps in the preset.")
-            return {"anneal_from": checkpoint}
+            before, step = source
+            folder = self.output / "pretrain" / before.place
+            name = "checkpoint" if step is None else f"checkpoint-{step}"
+            found = last_complete(folder) if step is None else complete(folder / name)
+            if found is None:
+                raise ValueError(
+                    f"{folder} holds no {name} to anneal from. Set save_steps and save_total_limit in the preset."
+                )
+            return {"anneal_from": found}
 
         wide = self.devices > 1 and not self.on_cpu
         return Stage(f"{kind}/{run.place}", "pretrain", settings, needs, wide, checkpoint_of_source)
@@ -213,9 +232,12 @@ class Experiment:
             text += ["\nsft\n", self._plan_of("sweep", self.settings("sft"), plan_command)]
         return "\n".join(text)
 
-    def _with_budget(self, settings: dict, source: str) -> dict:
+    def _with_budget(self, settings: dict, source: tuple[str, int | None]) -> dict:
         """Settings of an annealing without its checkpoint, which does not exist yet: the budget in tokens."""
-        before = parse_tokens(self.settings("pretrain", self.runs("pretrain")[source])["train_tokens"])
+        pretraining = self.settings("pretrain", self.runs("pretrain")[source[0]])
+        before = parse_tokens(pretraining["train_tokens"])
+        if source[1] is not None:
+            before = source[1] * pretraining["global_batch_size"] * pretraining["sequence_length"]
         share = str(settings["train_tokens"])
         tokens = round(before * float(share[:-1]) / 100) if share.endswith("%") else share
         return {**settings, "train_tokens": str(tokens), "warmup_steps": 0}

@@ -58,6 +58,11 @@ def last_complete(output_dir: str | Path) -> str | None:
     return broadcast(steps[max(steps)] if steps else None)
 
 
+def complete(checkpoint: str | Path) -> str | None:
+    """Return the folder of a checkpoint if it is complete, or None; the same on all processes."""
+    return broadcast(str(checkpoint) if _is_complete(Path(checkpoint)) else None)
+
+
 def _is_complete(folder: Path) -> bool:
     record = read_record(folder)
     if record is None:

@@ -1,5 +1,6 @@
 """Every config file is read by the parser of its command, and says what its comments say."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -261,3 +262,39 @@ def test_the_recipes_find_the_configs_of_the_package():
 @pytest.mark.parametrize("recipe", [*RECIPES, "quickstart"])
 def test_recipes_are_short_scripts(recipe):
     assert len((ROOT / "recipes" / f"{recipe}.py").read_text().splitlines()) < 50
+
+
+def test_an_annealing_may_begin_with_an_earlier_checkpoint(tmp_path):
+    runs = {"last": None, "earlier": {"from": "stable/checkpoint-8", "train_tokens": "50%"}}
+    own = {"extends": str(PRESETS / "toy.yaml"), "seeds": [3], "anneal": {"runs": runs}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    experiment = Experiment(read_preset(str(tmp_path / "own.yaml")), tmp_path, 1)
+    stages = {stage.name: stage for stage in experiment.stages()}
+    earlier = stages["anneal/earlier/seed-3"]
+    assert earlier.needs == ("pretrain/stable/seed-3",)
+    assert "from" not in earlier.settings
+    folder = tmp_path / "pretrain" / "stable" / "seed-3"
+    with pytest.raises(ValueError, match=r"seed-3 holds no checkpoint-8 to anneal from. Set save_steps"):
+        earlier.late_settings()
+    for step in (8, 16):
+        write_checkpoint(folder / f"checkpoint-{step}")
+    assert earlier.late_settings() == {"anneal_from": str(folder / "checkpoint-8")}
+    assert stages["anneal/adamw/seed-3"].late_settings() == {"anneal_from": str(folder / "checkpoint-16")}
+    planned = experiment.plan(lambda command, settings: f"{command} {settings.get('train_tokens')}")
+    assert f"anneal/earlier\n\npretrain {8 * 16 * 128 // 2}" in planned
+
+
+def write_checkpoint(folder: Path) -> None:
+    """What tells that a checkpoint is complete."""
+    folder.mkdir(parents=True)
+    (folder / "rng_state.pth").touch()
+    record = {"attributes": {"world_size": 1, "data": None}}
+    (folder / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {"CheckpointRecord": record}}))
+
+
+@pytest.mark.parametrize("place", ["stable/last", "stable/checkpoint-x", "/checkpoint-3", 3.5])
+def test_a_checkpoint_that_is_none_is_refused(place, tmp_path):
+    own = {"extends": str(PRESETS / "toy.yaml"), "anneal": {"runs": {"sam": {"from": place}}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    with pytest.raises(ValueError, match=r"from: .* must be the name of a pretraining run|needs unknown stage"):
+        Chain(Experiment(read_preset(str(tmp_path / "own.yaml")), tmp_path, 1).stages(), tmp_path)
