@@ -1,14 +1,17 @@
 """When SAM acts, and the learning rate of a shortened anneal."""
 
+import itertools
 import math
 
 import pytest
-from toy import step_logs, trainer
+import torch
+from toy import olmo2, step_logs, trainer, weights
 from transformers import Trainer
 
 from hf_sam import SAMArguments
 from hf_sam.schedule import SAMWindow
 from hf_sam.step.counts import ascent_count, resolve_count
+from hf_sam.step.reference import sam_step
 
 
 @pytest.mark.parametrize(
@@ -119,3 +122,34 @@ def test_annealing_and_a_scheduler_of_the_user_contradict(tmp_path):
             train_dataset=token_dataset(),
             optimizers=(optimizer, scheduler),
         )
+
+
+def test_steps_of_an_interval_are_clipped_and_resume_as_in_a_plain_loop(tmp_path):
+    """SAM in steps 0, 3 and 6 of 8, clipped to less than half, interrupted between two of them."""
+    settings = {"sam_rho": 0.5, "sam_interval": 3, "max_grad_norm": 0.3, "max_steps": 8, "save_strategy": "steps"}
+    # With its default epsilon, Adam turns rounding in gradients near 0 into steps of full size.
+    settings |= {"save_steps": 5, "weight_decay": 0.0, "adam_epsilon": 1e-3}
+    whole = trainer(tmp_path, **settings)
+    whole.train()
+    resumed = trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert all(torch.equal(weights(whole.model)[name], value) for name, value in weights(resumed.model).items())
+    # The part of the perturbation that rounding keeps is measured in the first SAM step of each process.
+    logs = [[{**entry, "sam/perturbation_kept": 1} for entry in step_logs(run)] for run in (whole, resumed)]
+    assert logs[0] == logs[1]
+
+    model = olmo2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, eps=1e-3)
+    norms, rises = [], []
+    for step, batch in enumerate(itertools.islice(trainer(tmp_path, **settings).get_train_dataloader(), 8)):
+        rho = 0.5 if step % 3 == 0 else 0.0
+        result = sam_step(model, [batch], lambda m, batch: m(**batch).loss, rho=rho)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3).item())
+        optimizer.step()
+        rises.append(result.perturbed_loss - result.loss)
+    assert min(norms) > 0.6
+    logs = step_logs(whole)
+    assert [entry["grad_norm"] for entry in logs] == pytest.approx(norms, rel=1e-4)
+    assert [entry.get("sam/sharpness", 0.0) for entry in logs] == pytest.approx(rises, rel=1e-3, abs=1e-6)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(weights(whole.model)[name], value, rtol=1e-4, atol=1e-5)
