@@ -126,9 +126,9 @@ def test_annealing_and_a_scheduler_of_the_user_contradict(tmp_path):
 
 def test_steps_of_an_interval_are_clipped_and_resume_as_in_a_plain_loop(tmp_path):
     """SAM in steps 0, 3 and 6 of 8, clipped to less than half, interrupted between two of them."""
-    settings = {"sam_rho": 0.5, "sam_interval": 3, "max_grad_norm": 0.3, "max_steps": 8, "save_strategy": "steps"}
+    settings = {"sam_rho": 0.2, "sam_interval": 3, "max_grad_norm": 0.3, "max_steps": 8, "save_strategy": "steps"}
     # With its default epsilon, Adam turns rounding in gradients near 0 into steps of full size.
-    settings |= {"save_steps": 5, "weight_decay": 0.0, "adam_epsilon": 1e-3}
+    settings |= {"save_steps": 5, "weight_decay": 0.0, "adam_epsilon": 1e-2}
     whole = trainer(tmp_path, **settings)
     whole.train()
     resumed = trainer(tmp_path, **settings)
@@ -139,10 +139,10 @@ def test_steps_of_an_interval_are_clipped_and_resume_as_in_a_plain_loop(tmp_path
     assert logs[0] == logs[1]
 
     model = olmo2()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, eps=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, eps=1e-2)
     norms, rises = [], []
     for step, batch in enumerate(itertools.islice(trainer(tmp_path, **settings).get_train_dataloader(), 8)):
-        rho = 0.5 if step % 3 == 0 else 0.0
+        rho = 0.2 if step % 3 == 0 else 0.0
         result = sam_step(model, [batch], lambda m, batch: m(**batch).loss, rho=rho)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3).item())
         optimizer.step()
