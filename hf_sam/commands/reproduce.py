@@ -81,7 +81,8 @@ def main(argv: list[str]) -> int:
     if not _run_all(chain, devices, flags):
         print("Not all stages are done; give the same command again to resume.", file=sys.stderr)
         return 1
-    _print_report(output / "evaluation", [run.label for run in experiment.with_seeds("anneal")])
+    for comparison in experiment.comparisons():
+        _print_report(comparison.folder, experiment.labels(comparison))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A preset as stages: pretrain, anneal in several ways, fine-tune each over a sweep, evaluate each, compare all."""
+"""A preset as stages: pretrain, anneal in several ways, fine-tune each over sweeps, evaluate each, compare all."""
 
 import re
 from collections.abc import Callable
@@ -52,10 +52,10 @@ def check_seeds(seeds, where: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of an annealing with one seed, and all that follows from it.
+    """A run with one seed: of a pretraining, an annealing, or a fine-tuning of an annealed model.
 
     Attributes:
-        name (`str`): its name in the preset.
+        name (`str`): its name in the preset; ANNEALING/FINE-TUNING if the preset names runs of the fine-tuning.
         seed (`int` or `None`): its training seed; None for that of the settings.
     """
 
@@ -76,6 +76,21 @@ class Run:
     def settings(self) -> dict:
         """What the seed changes in the settings of a stage."""
         return {} if self.seed is None else {"seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that are compared with each other, because they are fine-tuned on the same data.
+
+    Attributes:
+        task (`str`): name of the dataset; empty if there is only one.
+        tunings (`list[str]`): names of the runs of the fine-tuning; one that is empty if the preset names none.
+        folder (`Path`): folder of the evaluations and of their comparison.
+    """
+
+    task: str
+    tunings: list[str]
+    folder: Path
 
 
 @dataclass
@@ -106,17 +121,44 @@ class Experiment:
             stages.append(Stage("data", "toy-data", self._with_output(self.preset["data"])))
         first = tuple(stage.name for stage in stages)
         stages += [self._training("pretrain", run, first) for run in self.with_seeds("pretrain")]
-        runs = self.with_seeds("anneal")
-        for run in runs:
-            source = self._source(run)
-            stages.append(self._training("anneal", run, (f"pretrain/{source[0].place}",) if source else first))
-            sweep = [self._sweep(run, rates) for rates in self._rates_of_stages()]
-            stages += sweep
-            needs = tuple(stage.name for stage in sweep) or (f"anneal/{run.place}",)
-            stages.append(self._comparison(f"evaluate/{run.place}", [run], needs))
-        report = self._comparison("report", runs, tuple(f"evaluate/{run.place}" for run in runs))
-        # Two presets that share runs may share a folder: each compares its own runs.
-        return [*stages, replace(report, replaceable=True)]
+        for base in self.with_seeds("anneal"):
+            source = self._source(base)
+            stages.append(self._training("anneal", base, (f"pretrain/{source[0].place}",) if source else first))
+            for comparison in self.comparisons():
+                for tuning in comparison.tunings:
+                    sweep = self._sweep(base, tuning)
+                    stages += sweep
+                    needs = tuple(stage.name for stage in sweep) or (f"anneal/{base.place}",)
+                    place = self.tuned(base, tuning).place
+                    stages.append(self._comparison(f"evaluate/{place}", comparison, [(base, tuning)], needs))
+        for comparison in self.comparisons():
+            runs = [(base, tuning) for base in self.with_seeds("anneal") for tuning in comparison.tunings]
+            needs = tuple(f"evaluate/{self.tuned(*run).place}" for run in runs)
+            name = f"report/{comparison.task}" if comparison.task else "report"
+            # Two presets that share runs may share a folder: each compares its own runs.
+            stages.append(replace(self._comparison(name, comparison, runs, needs), replaceable=True))
+        return stages
+
+    def comparisons(self) -> list[Comparison]:
+        """What is compared: all runs, for each dataset that they are fine-tuned on."""
+        by_task: dict[str, list[str]] = {}
+        for tuning, run in self.runs("sft").items():
+            by_task.setdefault(Path(self.settings("sft", run)["dataset"]).stem, []).append(tuning)
+        if len(by_task) <= 1:
+            return [Comparison("", next(iter(by_task.values()), [""]), self.output / "evaluation")]
+        return [Comparison(task, tunings, self.output / "evaluation" / task) for task, tunings in by_task.items()]
+
+    @staticmethod
+    def tuned(base: Run, tuning: str) -> Run:
+        """The fine-tuning of an annealed model; `tuning` is empty if the preset names no runs of the fine-tuning."""
+        return Run(f"{base.name}/{tuning}", base.seed) if tuning else base
+
+    def labels(self, comparison: Comparison) -> list[str]:
+        """Names of the evaluations of a comparison."""
+        return [self._label(comparison, base, one) for base in self.with_seeds("anneal") for one in comparison.tunings]
+
+    def _label(self, comparison: Comparison, base: Run, tuning: str) -> str:
+        return (self.tuned(base, tuning) if len(comparison.tunings) > 1 else base).label
 
     def with_seeds(self, kind: str) -> list[Run]:
         """Runs of a kind of stage, each with each seed of the preset."""
@@ -185,34 +227,39 @@ class Experiment:
         wide = self.devices > 1 and not self.on_cpu
         return Stage(f"{kind}/{run.place}", "pretrain", settings, needs, wide, checkpoint_of_source)
 
-    def _rates_of_stages(self) -> list[list[float]]:
-        """The learning rates of each stage of a sweep: one on a GPU, all on the CPU."""
+    def _sweep(self, base: Run, tuning: str) -> list[Stage]:
+        """The stages of a sweep: one for each learning rate on GPUs, one for all on the CPU."""
         if "sft" not in self.preset:
             return []
-        rates = self.settings("sft")["learning_rates"]
-        return [rates] if self.on_cpu else [[rate] for rate in rates]
-
-    def _sweep(self, run: Run, rates: list[float]) -> Stage:
+        run = self.tuned(base, tuning)
         settings = {
-            **self.settings("sft"),
+            **self.settings("sft", self.runs("sft").get(tuning)),
             **run.settings,
-            "model_name_or_path": str(self.output / "anneal" / run.place),
+            "model_name_or_path": str(self.output / "anneal" / base.place),
             "output_dir": str(self.output / "sft" / run.place),
-            "learning_rates": rates,
         }
-        label = f"sft/{run.place}" + ("" if self.on_cpu else f"/lr-{float(rates[0]):g}")
-        return Stage(label, "sweep", settings, (f"anneal/{run.place}",))
+        needs, rates = (f"anneal/{base.place}",), settings["learning_rates"]
+        if self.on_cpu:
+            return [Stage(f"sft/{run.place}", "sweep", settings, needs)]
+        return [
+            Stage(f"sft/{run.place}/lr-{float(rate):g}", "sweep", {**settings, "learning_rates": [rate]}, needs)
+            for rate in rates
+        ]
 
-    def _comparison(self, label: str, runs: list[Run], needs: tuple[str, ...]) -> Stage:
-        settings = {**self.settings("evaluate"), "output": str(self.output / "evaluation"), "runs": []}
-        for run in runs:
-            sweep = f",{self.output / 'sft' / run.place}" if "sft" in self.preset else ""
-            settings["runs"].append(f"{run.label}={self.output / 'anneal' / run.place}{sweep}")
+    def _comparison(
+        self, name: str, comparison: Comparison, runs: list[tuple[Run, str]], needs: tuple[str, ...]
+    ) -> Stage:
+        settings = {**self.settings("evaluate"), "output": str(comparison.folder), "runs": []}
+        for base, tuning in runs:
+            sweep = f",{self.output / 'sft' / self.tuned(base, tuning).place}" if "sft" in self.preset else ""
+            label = self._label(comparison, base, tuning)
+            settings["runs"].append(f"{label}={self.output / 'anneal' / base.place}{sweep}")
         if "sft" in self.preset:
             # All sweeps hold out the same examples; those of another one may not be written yet.
-            settings["task_data"] = [f"task={self.output / 'sft' / runs[0].place / 'held_out.jsonl'}"]
+            held_out = self.output / "sft" / self.tuned(*runs[0]).place / "held_out.jsonl"
+            settings["task_data"] = [f"task={held_out}"]
         # The folder may hold the evaluation of an earlier run of a stage.
-        return Stage(label, "compare", settings, needs, late_settings=lambda: {"overwrite": True})
+        return Stage(name, "compare", settings, needs, late_settings=lambda: {"overwrite": True})
 
     def plan(self, plan_command: Callable[[str, dict], str]) -> str:
         """What the training stages need: tokens, steps, memory and time.
@@ -229,7 +276,9 @@ class Experiment:
                     settings = self._with_budget(settings, source)
                 text += [f"\n{kind}/{name}\n", self._plan_of("pretrain", settings, plan_command)]
         if "sft" in self.preset:
-            text += ["\nsft\n", self._plan_of("sweep", self.settings("sft"), plan_command)]
+            for tuning, run in (self.runs("sft") or {"": {}}).items():
+                title = f"sft/{tuning}" if tuning else "sft"
+                text += [f"\n{title}\n", self._plan_of("sweep", self.settings("sft", run), plan_command)]
         return "\n".join(text)
 
     def _with_budget(self, settings: dict, source: tuple[str, int | None]) -> dict:

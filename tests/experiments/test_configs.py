@@ -298,3 +298,44 @@ def test_a_checkpoint_that_is_none_is_refused(place, tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     with pytest.raises(ValueError, match=r"from: .* must be the name of a pretraining run|needs unknown stage"):
         Chain(Experiment(read_preset(str(tmp_path / "own.yaml")), tmp_path, 1).stages(), tmp_path)
+
+
+def stages_with_tunings(tmp_path: Path, runs: dict) -> dict:
+    """The stages of a preset with two ways to anneal, one seed, and these runs of the fine-tuning."""
+    anneal = {"runs": {"adamw-shortened": None, "adamw-equal-compute": None}}
+    own = {"extends": str(PRESETS / "toy.yaml"), "seeds": [3], "anneal": anneal, "sft": {"runs": runs}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
+    chain = Chain(Experiment(read_preset(str(tmp_path / "own.yaml")), Path("out"), 1).stages(), tmp_path)
+    return {name: stage for name, stage in chain.stages.items() if not name.startswith(("data", "pretrain", "anneal"))}
+
+
+def test_each_annealed_model_is_fine_tuned_in_each_way_and_all_are_compared(tmp_path):
+    stages = stages_with_tunings(tmp_path, {"plain": {}, "lora": {"use_peft": True, "learning_rates": [1e-3]}})
+    pairs = [f"{base}/{tuning}/seed-3" for base in ("adamw", "sam") for tuning in ("plain", "lora")]
+    assert set(stages) == {*(f"{kind}/{pair}" for kind in ("sft", "evaluate") for pair in pairs), "report"}
+    lora, plain = stages["sft/sam/lora/seed-3"], stages["sft/sam/plain/seed-3"]
+    assert lora.needs == ("anneal/sam/seed-3",)
+    assert lora.settings["model_name_or_path"] == "out/anneal/sam/seed-3"
+    assert (lora.settings["use_peft"], lora.settings["learning_rates"], lora.settings["seed"]) == (True, [1e-3], 3)
+    assert "use_peft" not in plain.settings
+    assert len(plain.settings["learning_rates"]) > 1
+    assert stages["report"].settings["runs"] == [
+        f"{pair.replace('/', '-')}=out/anneal/{pair.split('/')[0]}/seed-3,out/sft/{pair}" for pair in pairs
+    ]
+    assert stages["report"].settings["output"] == "out/evaluation"
+    assert stages["report"].settings["task_data"] == ["task=out/sft/adamw/plain/seed-3/held_out.jsonl"]
+    one = stages["evaluate/sam/lora/seed-3"]
+    assert one.needs == ("sft/sam/lora/seed-3",)
+    assert one.settings["runs"] == ["sam-lora-seed-3=out/anneal/sam/seed-3,out/sft/sam/lora/seed-3"]
+
+
+def test_models_that_are_fine_tuned_on_different_data_are_compared_apart(tmp_path):
+    stages = stages_with_tunings(tmp_path, {"problems": {}, "code": {"dataset": "code/python.jsonl"}})
+    assert {name for name in stages if name.startswith("report")} == {"report/problems", "report/python"}
+    report = stages["report/python"]
+    assert report.settings["runs"] == [
+        f"{base}-seed-3=out/anneal/{base}/seed-3,out/sft/{base}/code/seed-3" for base in ("adamw", "sam")
+    ]
+    assert report.settings["output"] == "out/evaluation/python"
+    assert stages["evaluate/sam/problems/seed-3"].settings["output"] == "out/evaluation/problems"
+    assert report.needs == ("evaluate/adamw/code/seed-3", "evaluate/sam/code/seed-3")
