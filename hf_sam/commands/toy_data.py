@@ -1,6 +1,7 @@
 """`hf-sam toy-data`: the data of the preset `toy`, made of installed packages without a network.
 
-Writes `train.jsonl` and `held_out.jsonl` (docstrings), `problems.jsonl` (word problems with solutions) and a tokenizer.
+Writes `train.jsonl` and `held_out.jsonl` (docstrings), `problems.jsonl` (word problems with solutions),
+`functions.jsonl` (Python functions), and a tokenizer.
 """
 
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ class ToyDataArguments:
     )
     vocabulary: int = field(default=512, metadata={"help": "Size of the vocabulary of the tokenizer."})
     problems: int = field(default=1280, metadata={"help": "Number of word problems."})
-    problem_length: int = field(default=288, metadata={"help": "Tokens of the longest word problem."})
-    seed: int = field(default=42, metadata={"help": "Seed of the word problems."})
+    functions: int = field(default=0, metadata={"help": "Number of Python functions."})
+    task_length: int = field(default=288, metadata={"help": "Tokens of the longest word problem or function."})
+    seed: int = field(default=42, metadata={"help": "Chooses the word problems and the functions."})
 
 
 def make_parser() -> ConfigParser:

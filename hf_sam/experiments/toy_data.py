@@ -1,7 +1,8 @@
 """Real text without a network: every machine with the dependencies has it.
 
-Pretraining text is the English of the docstrings of torch and transformers; the fine-tuning task is the grade-school
-word problems of the reasoning-gym package, with their worked solutions.
+Pretraining text is the English of the docstrings of torch and transformers. The fine-tuning tasks are the grade-school
+word problems of the reasoning-gym package, with their worked solutions, and the Python functions of torch and
+transformers, without docstrings: the body is to be written after the signature.
 """
 
 import ast
@@ -9,6 +10,8 @@ import importlib.util
 import itertools
 import multiprocessing
 import re
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +22,7 @@ from ..runtime.packages import require
 
 CORPUS_PACKAGES = ("torch", "transformers")
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are mostly boilerplate
+SHORTEST_FUNCTION = 100  # characters of the body
 HELD_OUT_SHARE = 0.04
 
 
@@ -34,14 +38,7 @@ def load_corpus(text_file: str | None = None) -> tuple[list[str], list[str]]:
     if text_file is not None:
         documents = [part.strip() for part in re.split(r"\n\s*\n", Path(text_file).read_text(encoding="utf-8"))]
     else:
-        files = [
-            path
-            for package in CORPUS_PACKAGES
-            for path in sorted(Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
-        ]
-        # Its workers end when this process does, also when it is killed; those of ProcessPoolExecutor wait forever.
-        with multiprocessing.Pool() as pool:
-            documents = list(itertools.chain.from_iterable(pool.map(docstrings, files, chunksize=64)))
+        documents = _of_all_files(docstrings)
     documents = list(dict.fromkeys(document for document in documents if document))
     held_out = [document for document in documents if _fraction(document) < HELD_OUT_SHARE]
     train = [document for document in documents if _fraction(document) >= HELD_OUT_SHARE]
@@ -54,24 +51,51 @@ def load_corpus(text_file: str | None = None) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
+def _of_all_files(function: Callable[[Path], list]) -> list:
+    """What a function finds in each file of the packages."""
+    files = [
+        path
+        for package in CORPUS_PACKAGES
+        for path in sorted(Path(importlib.util.find_spec(package).origin).parent.rglob("*.py"))
+    ]
+    # Its workers end when this process does, also when it is killed; those of ProcessPoolExecutor wait forever.
+    with multiprocessing.Pool() as pool:
+        return list(itertools.chain.from_iterable(pool.map(function, files, chunksize=64)))
+
+
+def _definitions(source: str) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The module, and the classes and functions in it at any depth; nothing if it is not valid Python."""
+    try:
+        pending = [ast.parse(source)]
+    except SyntaxError:  # templates and test fixtures that are not meant to be imported
+        return
+    while pending:
+        node = pending.pop()
+        yield node
+        pending.extend(
+            child for child in node.body if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        )
+
+
 def docstrings(path: Path) -> list[str]:
     """The long docstrings of one Python file."""
     source = path.read_text(encoding="utf-8", errors="replace")
     if '"""' not in source:
         return []
-    try:
-        pending = [ast.parse(source)]
-    except SyntaxError:  # templates and test fixtures that are not meant to be imported
-        return []
+    found = map(ast.get_docstring, _definitions(source))
+    return [text for text in found if text and len(text) >= SHORTEST_DOCSTRING]
+
+
+def functions(path: Path) -> list[tuple[str, str]]:
+    """The functions of one Python file: signature, and body without docstring."""
     found = []
-    while pending:
-        node = pending.pop()
-        text = ast.get_docstring(node)
-        if text and len(text) >= SHORTEST_DOCSTRING:
-            found.append(text)
-        pending.extend(
-            child for child in node.body if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        )
+    for node in _definitions(path.read_text(encoding="utf-8", errors="replace")):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            text = "\n".join(map(ast.unparse, body))
+            if len(text) >= SHORTEST_FUNCTION:
+                signature = ast.FunctionDef(node.name, node.args, [], [], returns=node.returns)
+                found.append((ast.unparse(ast.fix_missing_locations(signature)).strip(), textwrap.indent(text, "    ")))
     return found
 
 
@@ -121,23 +145,52 @@ def problem_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int, s
     )
 
 
+def function_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int, seed: int) -> list[dict[str, str]]:
+    """`count` functions, the signature as `prompt` and the body as `completion`, of at most `length` tokens together.
+
+    Raises:
+        ValueError: if too few functions fit.
+    """
+    # One for each body, because models of one family repeat theirs.
+    distinct = {body: signature for signature, body in _of_all_files(functions)}
+    texts = []
+    for body in sorted(distinct, key=lambda body: seed_of(f"{seed} {body}")):
+        text = {"prompt": f"{distinct[body]}\n", "completion": body}
+        if sum(len(tokenizer(part)["input_ids"]) for part in text.values()) + 1 <= length:
+            texts.append(text)
+        if len(texts) == count:
+            return texts
+    raise ValueError(
+        f"Only {len(texts)} of {len(distinct)} functions fit into {length} tokens, and {count} are needed. Raise the "
+        "sequence length, or ask for fewer."
+    )
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
 def write_toy_data(
-    folder: Path, *, text_file: str | None, vocabulary: int, problems: int, problem_length: int, seed: int
+    folder: Path,
+    *,
+    text_file: str | None,
+    vocabulary: int,
+    problems: int,
+    functions: int,
+    task_length: int,
+    seed: int,
 ) -> None:
-    """Write `train.jsonl`, `held_out.jsonl`, `problems.jsonl` and the folder `tokenizer`.
+    """Write `train.jsonl`, `held_out.jsonl`, the tasks `problems.jsonl` and `functions.jsonl`, and `tokenizer`.
 
     Args:
         folder (`Path`): made if need be.
         text_file (`str`, *optional*): see [`load_corpus`].
         vocabulary (`int`): see [`train_tokenizer`].
-        problems, problem_length, seed (`int`): see [`problem_texts`].
+        problems, functions (`int`): number of examples of each task; no file of a task that has none.
+        task_length, seed (`int`): see [`problem_texts`] and [`function_texts`].
 
     Raises:
-        ValueError: if there is too little text, or too few problems are short enough.
+        ValueError: if there is too little text, or too few examples are short enough.
     """
     from datasets import Dataset
 
@@ -147,4 +200,6 @@ def write_toy_data(
     tokenizer.save_pretrained(folder / "tokenizer")
     Dataset.from_dict({"text": train}).to_json(folder / "train.jsonl")
     Dataset.from_dict({"text": held_out}).to_json(folder / "held_out.jsonl")
-    Dataset.from_list(problem_texts(tokenizer, problems, problem_length, seed)).to_json(folder / "problems.jsonl")
+    for name, count, texts in (("problems", problems, problem_texts), ("functions", functions, function_texts)):
+        if count:
+            Dataset.from_list(texts(tokenizer, count, task_length, seed)).to_json(folder / f"{name}.jsonl")
