@@ -34,6 +34,8 @@ class PretrainingArguments(SAMTrainingArguments):
         anneal_from (`str`, *optional*):
             A checkpoint of a run with constant learning rate. The run continues with its weights, optimizer state and
             data position, and the learning rate decays over `train_tokens`.
+        ema_decay (`float`, *optional*):
+            Save an exponential moving average of the weights instead of the last ones; its decay per step, e.g. 0.998.
         num_train_epochs (`float`, *optional*, defaults to 1):
             With `train_tokens`, the maximum number of passes over the data.
 
@@ -64,6 +66,10 @@ class PretrainingArguments(SAMTrainingArguments):
         default=None,
         metadata={"help": "Checkpoint of a run with constant learning rate to continue from with a final decay."},
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Save an exponential moving average of the weights, with this decay per step, e.g. 0.998."},
+    )
     num_train_epochs: float = field(
         default=1.0, metadata={"help": "Passes over the data; with train_tokens, the maximum number of passes."}
     )
@@ -78,6 +84,8 @@ class PretrainingArguments(SAMTrainingArguments):
         self.z_loss = float(self.z_loss)
         if not (math.isfinite(self.z_loss) and self.z_loss >= 0):
             raise ValueError(f"z_loss={self.z_loss} must be 0 or larger.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1, e.g. 0.998.")
         if isinstance(self.no_weight_decay, str):
             self.no_weight_decay = [self.no_weight_decay]
         # Before the checks of `TrainingArguments`, which fill in DeepSpeed's "auto" values.

@@ -6,6 +6,7 @@ from transformers import TrainerCallback
 
 from ..runtime.checkpoints import CheckpointRecord
 from ..trainer import SAMTrainer
+from .averaging import WeightAverage
 from .data import TrainingData
 from .loss import ZLoss
 from .stream import PackedStream
@@ -32,6 +33,11 @@ class PretrainingTrainer(SAMTrainer):
         super().__init__(model=model, args=args, train_dataset=data.dataset, **kwargs)
         self.add_callback(CheckpointRecord(args.world_size, lambda: data.position(self.state.global_step)))
         self.add_callback(_ScheduleCheck())
+        self._average = None if args.ema_decay is None else WeightAverage(args.ema_decay)
+        if self._average is not None:
+            if self.is_deepspeed_enabled:
+                raise ValueError("ema_decay does not work with DeepSpeed, whose optimizer keeps the weights itself.")
+            self.add_callback(self._average)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._resumed_from = resume_from_checkpoint if self._streams else None
@@ -44,6 +50,16 @@ class PretrainingTrainer(SAMTrainer):
             self._load_rng_state(self._resumed_from)
             self._resumed_from = None
         return batches
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._average is not None:
+            self._average.save(output_dir, self.args.process_index)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._average is not None and checkpoint is not None:
+            self._average.load(checkpoint, self.args.process_index, self.model)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         patterns = self.args.no_weight_decay

@@ -4,6 +4,7 @@
 of processes (each one saves its own random states) and the position in the data.
 """
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,4 +70,5 @@ def _is_complete(folder: Path) -> bool:
         return False
     world = record["world_size"]
     names = ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
-    return all((folder / name).exists() for name in names)
+    # Ranks do not wait for each other, so one may have been killed while it wrote its file, a zip archive.
+    return all(zipfile.is_zipfile(folder / name) for name in names)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from hf_sam.commands import compare, pretrain, reproduce, sweep, toy_data
@@ -287,7 +288,7 @@ def test_an_annealing_may_begin_with_an_earlier_checkpoint(tmp_path):
 def write_checkpoint(folder: Path) -> None:
     """What tells that a checkpoint is complete."""
     folder.mkdir(parents=True)
-    (folder / "rng_state.pth").touch()
+    torch.save({}, folder / "rng_state.pth")
     record = {"attributes": {"world_size": 1, "data": None}}
     (folder / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {"CheckpointRecord": record}}))
 
