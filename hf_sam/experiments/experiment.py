@@ -14,7 +14,18 @@ PRESETS = Path(__file__).parent / "configs" / "presets"
 # Stands for the output folder in the paths of a preset.
 PLACEHOLDER = "{output}"
 
-_KEYS = {"device", "accelerate_config", "model", "seeds", "data", "pretrain", "anneal", "sft", "evaluate"}
+_KEYS = {
+    "device",
+    "accelerate_config",
+    "model",
+    "seeds",
+    "data",
+    "pretrain",
+    "anneal",
+    "sft",
+    "evaluate",
+    "comparisons",
+}
 
 
 def preset_names() -> list[str]:
@@ -38,7 +49,21 @@ def read_preset(name: str) -> dict:
         if key not in preset:
             raise ValueError(f"{path} has no {key!r}; a preset needs anneal and evaluate.")
     check_seeds(preset.get("seeds"), f"{path}: seeds")
+    if "comparisons" in preset:
+        _check_comparisons(preset, path)
     return preset
+
+
+def _check_comparisons(preset: dict, path: Path) -> None:
+    """Raises ValueError unless each run of the annealing is in one of the comparisons."""
+    named = [name for names in preset["comparisons"].values() for name in names]
+    known = list(preset["anneal"].get("runs", {}))
+    wrong = [name for name in known if named.count(name) != 1] + [name for name in named if name not in known]
+    if wrong:
+        raise ValueError(
+            f"{path}: each run of anneal must be in one of the comparisons, but {wrong[0]!r} is in "
+            f"{named.count(wrong[0])}" + ("." if wrong[0] in known else ", and is no run of anneal.")
+        )
 
 
 def check_seeds(seeds, where: str) -> None:
@@ -80,15 +105,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that are compared with each other, because they are fine-tuned on the same data.
+    """Runs that are compared with each other.
 
     Attributes:
-        task (`str`): name of the dataset; empty if there is only one.
+        name (`str`): name of the comparison in the preset, and of the dataset that the runs are fine-tuned on; empty
+            if there is only one.
+        bases (`list[str]`): names of the runs of the annealing, the reference first.
         tunings (`list[str]`): names of the runs of the fine-tuning; one that is empty if the preset names none.
         folder (`Path`): folder of the evaluations and of their comparison.
     """
 
-    task: str
+    name: str
+    bases: list[str]
     tunings: list[str]
     folder: Path
 
@@ -125,28 +153,38 @@ class Experiment:
             source = self._source(base)
             stages.append(self._training("anneal", base, (f"pretrain/{source[0].place}",) if source else first))
             for comparison in self.comparisons():
-                for tuning in comparison.tunings:
+                for tuning in comparison.tunings if base.name in comparison.bases else ():
                     sweep = self._sweep(base, tuning)
                     stages += sweep
                     needs = tuple(stage.name for stage in sweep) or (f"anneal/{base.place}",)
                     place = self.tuned(base, tuning).place
                     stages.append(self._comparison(f"evaluate/{place}", comparison, [(base, tuning)], needs))
         for comparison in self.comparisons():
-            runs = [(base, tuning) for base in self.with_seeds("anneal") for tuning in comparison.tunings]
+            runs = self._runs_of(comparison)
             needs = tuple(f"evaluate/{self.tuned(*run).place}" for run in runs)
-            name = f"report/{comparison.task}" if comparison.task else "report"
+            name = f"report/{comparison.name}" if comparison.name else "report"
             # Two presets that share runs may share a folder: each compares its own runs.
             stages.append(replace(self._comparison(name, comparison, runs, needs), replaceable=True))
         return stages
 
     def comparisons(self) -> list[Comparison]:
-        """What is compared: all runs, for each dataset that they are fine-tuned on."""
+        """What is compared: the runs of each of the preset's comparisons that are fine-tuned on the same data."""
         by_task: dict[str, list[str]] = {}
         for tuning, run in self.runs("sft").items():
             by_task.setdefault(Path(self.settings("sft", run)["dataset"]).stem, []).append(tuning)
         if len(by_task) <= 1:
-            return [Comparison("", next(iter(by_task.values()), [""]), self.output / "evaluation")]
-        return [Comparison(task, tunings, self.output / "evaluation" / task) for task, tunings in by_task.items()]
+            by_task = {"": next(iter(by_task.values()), [""])}
+        groups = self.preset.get("comparisons") or {"": list(self.runs("anneal"))}
+        found = []
+        for group, bases in groups.items():
+            for task, tunings in by_task.items():
+                parts = [str(part) for part in (group, task) if part]
+                found.append(Comparison("/".join(parts), bases, tunings, Path(self.output, "evaluation", *parts)))
+        return found
+
+    def _runs_of(self, comparison: Comparison) -> list[tuple[Run, str]]:
+        seeds = self.preset.get("seeds") or [None]
+        return [(Run(name, seed), one) for name in comparison.bases for seed in seeds for one in comparison.tunings]
 
     @staticmethod
     def tuned(base: Run, tuning: str) -> Run:
@@ -155,7 +193,7 @@ class Experiment:
 
     def labels(self, comparison: Comparison) -> list[str]:
         """Names of the evaluations of a comparison."""
-        return [self._label(comparison, base, one) for base in self.with_seeds("anneal") for one in comparison.tunings]
+        return [self._label(comparison, *run) for run in self._runs_of(comparison)]
 
     def _label(self, comparison: Comparison, base: Run, tuning: str) -> str:
         return (self.tuned(base, tuning) if len(comparison.tunings) > 1 else base).label

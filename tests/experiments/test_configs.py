@@ -340,3 +340,32 @@ def test_models_that_are_fine_tuned_on_different_data_are_compared_apart(tmp_pat
     assert report.settings["output"] == "out/evaluation/python"
     assert stages["evaluate/sam/problems/seed-3"].settings["output"] == "out/evaluation/problems"
     assert report.needs == ("evaluate/adamw/code/seed-3", "evaluate/sam/code/seed-3")
+
+
+def test_runs_are_compared_in_the_groups_of_the_preset(tmp_path):
+    own = {
+        "extends": str(PRESETS / "toy.yaml"),
+        "seeds": [3],
+        "comparisons": {25: ["adamw", "sam"], 50: ["adamw-shortened", "adamw-equal-compute"]},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
+    stages = {
+        stage.name: stage for stage in Experiment(read_preset(str(tmp_path / "own.yaml")), Path("out"), 1).stages()
+    }
+    assert [name for name in stages if name.startswith("report")] == ["report/25", "report/50"]
+    report = stages["report/50"]
+    assert [run.split("=")[0] for run in report.settings["runs"]] == [
+        "adamw-shortened-seed-3",
+        "adamw-equal-compute-seed-3",
+    ]
+    assert report.settings["output"] == "out/evaluation/50"
+    assert report.needs == ("evaluate/adamw-shortened/seed-3", "evaluate/adamw-equal-compute/seed-3")
+    assert stages["evaluate/sam/seed-3"].settings["output"] == "out/evaluation/25"
+    for groups, message in (
+        ({25: ["adamw"]}, "'sam' is in 0."),
+        ({25: [*own["comparisons"][25], "adamw"], 50: own["comparisons"][50]}, "'adamw' is in 2."),
+        ({**own["comparisons"], 75: ["sgd"]}, "'sgd' is in 1, and is no run of anneal"),
+    ):
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump({**own, "comparisons": groups}))
+        with pytest.raises(ValueError, match=f"must be in one of the comparisons, but {message}"):
+            read_preset(str(tmp_path / "own.yaml"))
