@@ -12,10 +12,10 @@ from pathlib import Path
 from trl import ModelConfig
 
 from ..finetuning import SFTDataArguments, SweepArguments, plan_sweep, run_sweep
+from ..finetuning.trainer import SweepConfig
 from ..planning import accumulation_for
 from ..runtime.config import ConfigParser, DryRunArguments
 from ..runtime.distributed import launched_world_size
-from ..sft import SAMSFTConfig
 from .help import group_sam_flags
 from .launch import run_or_launch
 
@@ -29,7 +29,7 @@ class PlanArguments(DryRunArguments):
 
 def make_parser() -> ConfigParser:
     """The parser of the command."""
-    classes = (SFTDataArguments, SweepArguments, SAMSFTConfig, ModelConfig, PlanArguments)
+    classes = (SFTDataArguments, SweepArguments, SweepConfig, ModelConfig, PlanArguments)
     return group_sam_flags(ConfigParser(classes, prog="hf-sam sweep", description=__doc__.split("\n", 1)[0]))
 
 
@@ -49,7 +49,7 @@ def train(argv: list[str]) -> int:
         raise ValueError(f"--seeds {' '.join(map(str, sweep.seeds))}: the seeds must be different.")
     for seed in sweep.seeds or [None]:
 
-        def make_args(rate: float, seed: int | None = seed) -> SAMSFTConfig:
+        def make_args(rate: float, seed: int | None = seed) -> SweepConfig:
             return _arguments_of_run(argv, args, sweep, rate, seed)
 
         run_sweep(rates, make_args, data, model_args, keep_checkpoints=sweep.keep_checkpoints)
@@ -67,8 +67,8 @@ def plan_text(argv: list[str]) -> str:
 
 
 def _arguments_of_run(
-    argv: list[str], args: SAMSFTConfig, sweep: SweepArguments, rate: float, seed: int | None
-) -> SAMSFTConfig:
+    argv: list[str], args: SweepConfig, sweep: SweepArguments, rate: float, seed: int | None
+) -> SweepConfig:
     folder = Path(args.output_dir) / ("" if seed is None else f"seed-{seed}") / f"lr-{rate:g}"
     changed = ["--learning_rate", str(rate), "--output_dir", str(folder)]
     changed += [] if seed is None else ["--seed", str(seed)]

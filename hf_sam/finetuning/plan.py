@@ -13,14 +13,14 @@ from .sweep import check_inputs
 if TYPE_CHECKING:
     from trl import ModelConfig
 
-    from ..sft import SAMSFTConfig
+    from .trainer import SweepConfig
 
 
 def plan_sweep(
     rates: Sequence[float],
     data: SFTDataArguments,
     sweep: SweepArguments,
-    args: "SAMSFTConfig",
+    args: "SweepConfig",
     model_args: "ModelConfig",
     devices: int,
 ) -> str:

@@ -24,9 +24,9 @@ from .settings import SFTDataArguments
 if TYPE_CHECKING:
     from trl import ModelConfig
 
-    from ..sft import SAMSFTConfig
+    from .trainer import SweepConfig
 
-MakeArguments = Callable[[float], "SAMSFTConfig"]
+MakeArguments = Callable[[float], "SweepConfig"]
 
 
 def run_sweep(
@@ -43,7 +43,7 @@ def run_sweep(
 
     Args:
         rates (`Sequence[float]`): the learning rates.
-        make_args (`Callable[[float], SAMSFTConfig]`): makes the arguments of the run with a learning rate, with an
+        make_args (`Callable[[float], SweepConfig]`): makes the arguments of the run with a learning rate, with an
             `output_dir` of its own. Called when a run begins, because building the arguments sets up the host for it.
         data ([`SFTDataArguments`]): what to fine-tune on.
         model_args ([`~trl.ModelConfig`]): the model, adapters and quantization.
@@ -92,14 +92,14 @@ def _find_model(model_args: "ModelConfig") -> LocalModel:
     return find_model(f"{name}{at}")
 
 
-def _settings(args: "SAMSFTConfig", data: SFTDataArguments, model_args: "ModelConfig", source: LocalModel) -> dict:
+def _settings(args: "SweepConfig", data: SFTDataArguments, model_args: "ModelConfig", source: LocalModel) -> dict:
     sequences = args.per_device_train_batch_size * launched_world_size() * args.gradient_accumulation_steps
     files = [local_files(spec) for spec in (data.dataset, data.rehearsal_data) if spec]
     facts = {**args.layout_dependence(), "sequences": sequences, "weights": source.fingerprint, "files": files}
     return decisive_settings(args, data, model_args, **facts)
 
 
-def _load_tokenizer(args: "SAMSFTConfig", data: SFTDataArguments, model_args: "ModelConfig", source: LocalModel):
+def _load_tokenizer(args: "SweepConfig", data: SFTDataArguments, model_args: "ModelConfig", source: LocalModel):
     tokenizer = AutoTokenizer.from_pretrained(str(source.folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -113,7 +113,7 @@ def _load_tokenizer(args: "SAMSFTConfig", data: SFTDataArguments, model_args: "M
     return tokenizer
 
 
-def _load_data(args: "SAMSFTConfig", data: SFTDataArguments, tokenizer):
+def _load_data(args: "SweepConfig", data: SFTDataArguments, tokenizer):
     """The examples to train on; writes the held-out ones."""
     seed = args.data_seed or 0
     with args.main_process_first(desc="examples"):
@@ -136,11 +136,11 @@ def _load_data(args: "SAMSFTConfig", data: SFTDataArguments, tokenizer):
 
 
 def _train(
-    args: "SAMSFTConfig", settings: dict, examples, tokenizer, source: LocalModel, model_args: "ModelConfig"
+    args: "SweepConfig", settings: dict, examples, tokenizer, source: LocalModel, model_args: "ModelConfig"
 ) -> None:
     from trl import get_peft_config, get_quantization_config
 
-    from ..sft import SAMSFTTrainer
+    from .trainer import SweepTrainer
 
     args.chat_template_path = None  # it is in the tokenizer
     args.model_init_kwargs = {
@@ -148,7 +148,7 @@ def _train(
         "attn_implementation": model_args.attn_implementation,
         **(args.model_init_kwargs or {}),
     }
-    trainer = SAMSFTTrainer(
+    trainer = SweepTrainer(
         model=str(source.folder),
         args=args,
         train_dataset=examples,
@@ -171,7 +171,7 @@ def _train(
         torch.get_device_module().empty_cache()
 
 
-def _check_space(args: "SAMSFTConfig", source: LocalModel, runs: int) -> None:
+def _check_space(args: "SweepConfig", source: LocalModel, runs: int) -> None:
     """Raises OSError if the disk has no space for the models and for the checkpoints of one run, in fp32."""
     config = AutoConfig.from_pretrained(str(source.folder))
     width = 4 / (config.dtype.itemsize if config.dtype is not None else 4)

@@ -5,6 +5,7 @@ import re
 from transformers import TrainerCallback
 
 from ..runtime.checkpoints import CheckpointRecord
+from ..runtime.sharding import check_weights_in_model
 from ..trainer import SAMTrainer
 from .averaging import WeightAverage
 from .data import TrainingData
@@ -35,8 +36,7 @@ class PretrainingTrainer(SAMTrainer):
         self.add_callback(_ScheduleCheck())
         self._average = None if args.ema_decay is None else WeightAverage(args.ema_decay)
         if self._average is not None:
-            if self.is_deepspeed_enabled:
-                raise ValueError("ema_decay does not work with DeepSpeed, whose optimizer keeps the weights itself.")
+            check_weights_in_model(self.accelerator, "ema_decay")
             self.add_callback(self._average)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):

@@ -84,6 +84,12 @@ def check_gradients_accessible(accelerator, what: str, optim: str = "") -> None:
         )
 
 
+def check_weights_in_model(accelerator, what: str) -> None:
+    """Raises ValueError under DeepSpeed, whose optimizer keeps the exact weights; `what` is the subject."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(f"{what} does not work with DeepSpeed, whose optimizer keeps the weights. Use DDP or FSDP2.")
+
+
 def reshard(model: torch.nn.Module) -> None:
     """Free gathered (unsharded) weights, so that the next forward pass gathers the changed shards."""
     for module in model.modules():

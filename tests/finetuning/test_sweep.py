@@ -133,6 +133,18 @@ def test_sam_adapters_rehearsal_and_a_budget_together(launch, config, training_f
     assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 16
 
 
+def test_a_penalty_holds_the_weights_near_those_of_the_base(launch, config, finished, training_files, tmp_path):
+    ended = run(launch, config, tmp_path, "--l2_lambda", "1000")
+    assert ended.status == [0], ended.output[0][-3000:]
+    base = weights(training_files / "model")
+    held, free = (difference(base, weights(folder / "lr-0.002")) for folder in (tmp_path, finished("single", 1)))
+    assert 0 < held < free / 2
+    state = json.loads((tmp_path / "lr-0.002" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert logged[0]["l2/penalty"] == 0  # of the base itself
+    assert all(entry["l2/penalty"] > 0 and entry["sam/sharpness"] for entry in logged[1:])
+
+
 def test_other_settings_of_what_is_there_are_refused(launch, config, finished):
     folder = finished("single", 1)
     for flags, message in (
