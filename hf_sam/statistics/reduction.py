@@ -134,12 +134,6 @@ def forgetting_reduction(
     task = np.stack([run.task.document_losses for run in runs], axis=1)
     old_tokens, task_tokens = runs[0].before.document_tokens, runs[0].task.document_tokens
     lost, learned = growth.sum(0) / old_tokens.sum(), task.sum(0) / task_tokens.sum()
-    variations = [
-        over_documents(growth, old_tokens, lambda means: statistic(learned, means), "documents of old data"),
-        over_documents(task, task_tokens, lambda means: statistic(means, lost), "documents of task data"),
-    ]
-    if len(pairs) > 1:
-        variations.append(over_seeds(statistic.by_seed(learned, lost)))
     low, high = statistic.range(learned)
     others = [curves.reshape(2, POINTS) for curves in statistic.on_other_scales(learned, lost)]
     curves = statistic(learned, lost).reshape(2, POINTS)
@@ -147,6 +141,29 @@ def forgetting_reduction(
     weights = np.full(POINTS, 1 / (POINTS - 1))
     weights[[0, -1]] /= 2
     problem = statistic.problem()
+    before = np.stack([pair[which][0].before.document_losses for pair in pairs for which in (1, 0)], axis=1)
+    bases = before.sum(0) / old_tokens.sum()
+
+    def measure(learned: np.ndarray, lost: np.ndarray, bases: np.ndarray) -> np.ndarray:
+        """By seed: both curves, and where the method ended minus where the reference did, shape `(seeds, size)`."""
+        both = statistic.by_seed(learned, lost)
+        ended = both.reshape(-1, 2, POINTS) @ weights + bases.reshape(-1, 2)
+        return np.concatenate([both, ended[:, :1] - ended[:, 1:]], axis=1)
+
+    old, split = np.concatenate([growth, before], axis=1), growth.shape[1]
+    measured = [
+        over_documents(
+            old,
+            old_tokens,
+            lambda means: measure(learned, means[:split], means[split:]).mean(0),
+            "documents of old data",
+        ),
+        over_documents(task, task_tokens, lambda means: measure(means, lost, bases).mean(0), "documents of task data"),
+    ]
+    if len(pairs) > 1:
+        measured.append(over_seeds(measure(learned, lost, bases)))
+    variations = [_part(one, slice(None, -1)) for one in measured]
+    end_variations = [_part(one, slice(-1, None)) for one in measured]
 
     def reduction(weights: np.ndarray) -> Estimate:
         if (curves @ weights)[1] <= 0:
@@ -155,27 +172,6 @@ def forgetting_reduction(
         spread = max((abs(_quotient(other @ weights) - found.value) for other in others), default=0.0)
         return _reduction(found, _SPREADS * spread, problem)
 
-    before = np.stack([pair[which][0].before.document_losses for pair in pairs for which in (1, 0)], axis=1)
-    bases = before.sum(0) / old_tokens.sum()
-
-    def end(learned: np.ndarray, lost: np.ndarray, bases: np.ndarray) -> np.ndarray:
-        """Where the method ended minus where the reference did, by seed, shape `(seeds, 1)`."""
-        difference = statistic.by_seed(learned, lost).reshape(-1, 2, POINTS) @ weights + bases.reshape(-1, 2)
-        return difference[:, :1] - difference[:, 1:]
-
-    runs_and_bases = np.concatenate([growth, before], axis=1)
-    split = growth.shape[1]
-    end_variations = [
-        over_documents(
-            runs_and_bases,
-            old_tokens,
-            lambda means: end(learned, means[:split], means[split:]).mean(0),
-            "documents of old data",
-        ),
-        over_documents(task, task_tokens, lambda means: end(means, lost, bases).mean(0), "documents of task data"),
-    ]
-    if len(pairs) > 1:
-        end_variations.append(over_seeds(end(learned, lost, bases)))
     points = np.eye(POINTS)[:: (POINTS - 1) // 20]
     at = np.linspace(low, high, POINTS)
     mean_method, mean_reference = curves @ weights
@@ -305,6 +301,11 @@ class _Statistic:
         if len(self._chosen) == 1:
             found.append("One training seed: the interval does not include the variation between seeds.")
         return found
+
+
+def _part(variation: Variation, part: slice) -> Variation:
+    """The variation of some of the estimates."""
+    return Variation(variation.source, variation.covariance[part, part], variation.degrees, variation.problem)
 
 
 def _project(variation: Variation, weights: np.ndarray) -> Variation:
