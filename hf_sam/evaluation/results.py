@@ -99,6 +99,26 @@ class Results:
         before = self.loss(self.base, self.old[0])
         if not self.tasks or before is None:
             return []
-        data = (self.old[0], self.tasks[0])
-        losses = {name: tuple(self.loss(name, each, variant) for each in data) for name in self.tuned}
+        losses = {name: self._tuned_losses(name, variant) for name in self.tuned}
         return [TunedRun(name, before, *pair) for name, pair in losses.items() if None not in pair]
+
+    def interpolations(self) -> list[TunedRun]:
+        """The tuned model with the lowest task loss, and those between it and the base (Wise-FT), as a sweep.
+
+        Empty if fewer than two of them were measured.
+        """
+        sweep = self.sweep()
+        if not sweep:
+            return []
+        tuned = min(sweep, key=lambda run: run.task.loss)
+        runs = []
+        for alpha in self.record["settings"].get("wise_ft", []):
+            pair = self._tuned_losses(tuned.name, f"wise-ft {alpha:g}")
+            # At 0 it is the base, at 1 the tuned model.
+            if 0 < alpha < 1 and None not in pair:
+                runs.append(TunedRun(f"{tuned.name}, wise-ft {alpha:g}", tuned.before, *pair))
+        return [*runs, tuned] if runs else []
+
+    def _tuned_losses(self, name: str, variant: str) -> tuple[HeldOutLoss | None, HeldOutLoss | None]:
+        """Losses of a tuned model on the first old and the first task data."""
+        return self.loss(name, self.old[0], variant), self.loss(name, self.tasks[0], variant)

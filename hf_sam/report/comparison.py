@@ -128,6 +128,8 @@ def _sweeps(document: Document, results: Sequence[Results], methods: Sequence[Me
                 why = "the losses of its models are not known"
             document.text(f"{code(one.name)} is not in this comparison: {why}.")
     by_method = {m.name: [sweeps[one.name] for one in m.results if sweeps[one.name]] for m in methods}
+    for m in methods:
+        by_method[f"{m.name}, Wise-FT"] = [found for one in m.results if (found := one.interpolations())]
     by_method = {name: found for name, found in by_method.items() if found}
     if not by_method:
         return

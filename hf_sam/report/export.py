@@ -37,6 +37,9 @@ def _line(name: str, run: dict) -> dict:
         "fine_tuned_loss": fine_tuned.get("loss"),
         **_estimate("fine_tuned_loss_difference", fine_tuned.get("loss difference")),
     }
+    if interpolated := run["wise-ft"]:
+        line |= _estimate("wise_ft_forgetting_reduction_percent", interpolated.get("reduction"))
+        line |= _estimate("wise_ft_loss_difference", interpolated.get("loss difference"))
     for scheme, quantized in run["quantized"].items():
         line |= _estimate(f"{scheme}_damage", quantized["damage"])
         line |= _estimate(f"{scheme}_reduction_percent", quantized["reduction"])

@@ -56,6 +56,7 @@ def summarize(results: Sequence[Results], pattern: str = SEED_PATTERN) -> dict:
                 scheme: _fine_tuned(reference, method, scheme) if method is not reference else None
                 for scheme in schemes
             },
+            "wise-ft": _fine_tuned(reference, method, interpolated=True),
             "sweep": [_point(one, run) for one in method.results for run in one.sweep()],
             "benchmarks": _benchmark_means(method, schemes),
             "benchmarks at equal task loss": _scores(reference, method) if method is not reference else None,
@@ -117,9 +118,16 @@ def _quantized(reference: Method, method: Method, data: str, scheme: str) -> dic
     }
 
 
-def _fine_tuned(reference: Method, method: Method, scheme: str = "") -> dict | None:
-    """The fine-tuned models at equal task loss, in full precision or quantized; None if there are none."""
-    sweeps = [[one.sweep(scheme) for one in side] for side in zip(*pair(reference, method), strict=True)]
+def _fine_tuned(reference: Method, method: Method, scheme: str = "", interpolated: bool = False) -> dict | None:
+    """The fine-tuned models at equal task loss, in full precision or quantized; None if there are none.
+
+    With `interpolated`, those of the method between the base and its best tuned model, against the reference itself.
+    """
+    pairs = pair(reference, method)
+    sweeps = [
+        [one.sweep(scheme) for one, _ in pairs],
+        [one.interpolations() if interpolated else one.sweep(scheme) for _, one in pairs],
+    ]
     if not any(sweeps[1]):
         return None
     try:

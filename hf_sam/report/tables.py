@@ -100,10 +100,13 @@ def add_tables(document: Document, summary: dict) -> None:
     _add_training(document, summary)
     _add_quantized(document, summary)
     found = {name: run["fine-tuned"] for name, run in summary["runs"].items()}
+    found |= {f"{name}, Wise-FT": run["wise-ft"] for name, run in summary["runs"].items()}
     along = (
         "Means over the range of task losses that both sweeps span, along curves through the runs on the frontier of "
         "each sweep."
     )
+    if any(run["wise-ft"] for run in summary["runs"].values()):
+        along += " Those of Wise-FT lie between the base and its tuned model with the lowest task loss."
     _add_fine_tuned(document, "Fine-tuned, at equal task loss", found, summary["reference"], along)
     for scheme in summary["runs"][summary["reference"]]["quantized"]:
         found = {name: run["fine-tuned and quantized"][scheme] for name, run in summary["runs"].items()}

@@ -85,6 +85,35 @@ def test_models_that_are_fine_tuned_and_quantized_are_compared_at_equal_task_los
     assert "| less | 1.50 to 2.50 | 0.5" in text
 
 
+def with_interpolations(one: Results, model: str, losses: dict[float, tuple[float, float]]) -> Results:
+    """Adds task loss and loss on old text between the base and a tuned model, by alpha."""
+    one.record["settings"]["wise_ft"] = [0, *losses, 1]
+    for alpha, pair in {**losses, 0: (9.0, 9.0)}.items():
+        for data, value in zip(("task", "old"), pair, strict=True):
+            part = {"part": "loss", "model": model, "data": data, "variant": f"wise-ft {alpha:g}"}
+            one.record["parts"].append({**part, "result": loss(value)})
+    return one
+
+
+def test_models_between_the_base_and_its_best_tuned_model_are_a_sweep_of_their_own():
+    """Forgetting of the sweep 0.4 + (2 - task) * 0.4, and between base and the last model 0.3 + (2 - task) * 0.6."""
+    more = results("more", 3.0, 3.1, {2.5: 3.2, 2.0: 3.4, 1.5: 3.6})
+    less = results("less", 3.0, 3.1, {2.5: 3.2, 2.0: 3.4, 1.5: 3.6})
+    less = with_interpolations(less, "lr-1.5", {0.5: (2.5, 3.0), 0.7: (2.0, 3.3)})
+    assert [run.name for run in less.interpolations()] == ["lr-1.5, wise-ft 0.5", "lr-1.5, wise-ft 0.7", "lr-1.5"]
+    summary = summarize([more, less])
+    found = summary["runs"]["less"]["wise-ft"]
+    assert found["task losses"] == pytest.approx([1.5, 2.5])
+    assert found["of the reference"] == pytest.approx(0.4, abs=2e-3)
+    assert found["forgetting"] == pytest.approx(0.3, abs=2e-2)
+    assert summary["runs"]["more"]["wise-ft"] is None
+    assert f"| less, Wise-FT | 1.50 to 2.50 | 0.3999 -> {found['forgetting']:.4f} |" in text_of(summary)
+    # Of the reference as well, against its own sweep.
+    text = text_of(summarize([less, more]))
+    assert "| less, Wise-FT |" in text
+    assert "| less |" in text
+
+
 def test_without_quantized_fine_tuned_models_the_report_has_no_table_of_them():
     runs = [results(name, 3.0, 3.1, {2.5: 3.2, 2.0: 3.4, 1.5: 3.6}) for name in ("one", "other")]
     summary = summarize(runs)
