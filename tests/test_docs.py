@@ -1,5 +1,6 @@
 """Documents beside the README: their links, and what they say about the code."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from test_architecture import FACE, LAYERS
 
 from hf_sam.commands.suggest_rho import STARTS
+from hf_sam.report.tables import estimate
 from hf_sam.runtime.config import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +62,22 @@ def test_what_each_way_buys_is_the_table_of_the_report():
     found = table_that_begins(COST, "| run    ")
     assert found == table_that_begins(report[report.index("## All runs") :], "| run")
     assert len(found) == 12
+
+
+def differences(summary: dict) -> list[list[str]]:
+    """Where each run ended minus where the reference did, a row each, the best after fine-tuning and NF4 first."""
+    rows = []
+    for name, run in summary["runs"].items():
+        if name != summary["reference"]:
+            both = run["fine-tuned and quantized"]
+            found = [run["fine-tuned"], both["nf4"], both["rtn3"], run["quantized"]["nf4"], run["quantized"]["rtn3"]]
+            rows.append([name, *(str(estimate(one["loss difference"], "+.3f", less_is_better=True)) for one in found)])
+    return sorted(rows, key=lambda row: float(row[2].split()[0]))
+
+
+def test_where_runs_end_against_equal_compute_is_that_of_its_report():
+    text = (ROOT / "recipes" / "results" / "toy-cost" / "equal-compute" / "summary.json").read_text(encoding="utf-8")
+    assert table_that_begins(COST, "| against `adamw-equal-compute`")[1:] == differences(json.loads(text))
 
 
 def test_settings_of_the_runs_are_those_of_the_preset():
