@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from ..experiments.driver import run_chain
-from ..experiments.experiment import Experiment, check_seeds, read_preset
+from ..experiments.experiment import Experiment
+from ..experiments.presets import check_seeds, read_preset
 from ..experiments.stages import Chain, Stage
 from ..report.tables import summary_document
 from ..runtime.config import ConfigParser, DryRunArguments
@@ -82,6 +83,8 @@ def main(argv: list[str]) -> int:
         print("Not all stages are done; give the same command again to resume.", file=sys.stderr)
         return 1
     for comparison in experiment.comparisons():
+        if comparison.name:
+            print(f"\n{comparison.name}\n")
         _print_report(comparison.folder, experiment.labels(comparison))
     return 0
 

@@ -10,69 +10,22 @@ from ..runtime.checkpoints import complete, last_complete
 from ..runtime.config import merge, read_config
 from .stages import Stage
 
-PRESETS = Path(__file__).parent / "configs" / "presets"
+# Settings of the fine-tuning that decide which examples are held out.
+HELD_OUT_SETTINGS = (
+    "dataset",
+    "dataset_split",
+    "dataset_format",
+    "prompt_column",
+    "completion_column",
+    "prompt_template",
+    "completion_template",
+    "content_column",
+    "stream_examples",
+    "held_out_examples",
+    "data_seed",
+)
 # Stands for the output folder in the paths of a preset.
 PLACEHOLDER = "{output}"
-
-_KEYS = {
-    "device",
-    "accelerate_config",
-    "model",
-    "seeds",
-    "data",
-    "pretrain",
-    "anneal",
-    "sft",
-    "evaluate",
-    "comparisons",
-}
-
-
-def preset_names() -> list[str]:
-    """The presets that come with hf-sam."""
-    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
-
-
-def read_preset(name: str) -> dict:
-    """The preset with that name, or in that YAML file.
-
-    Raises:
-        ValueError: if there is none, or it holds unknown keys.
-    """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        raise ValueError(f"There is no preset {name!r}; choose from {', '.join(preset_names())}, or pass a YAML file.")
-    preset = read_config(path)
-    if unknown := sorted(preset.keys() - _KEYS):
-        raise ValueError(f"{path} sets {unknown[0]!r}; its keys are {', '.join(sorted(_KEYS))}.")
-    for key in ("anneal", "evaluate"):
-        if key not in preset:
-            raise ValueError(f"{path} has no {key!r}; a preset needs anneal and evaluate.")
-    check_seeds(preset.get("seeds"), f"{path}: seeds")
-    if "comparisons" in preset:
-        _check_comparisons(preset, path)
-    return preset
-
-
-def _check_comparisons(preset: dict, path: Path) -> None:
-    """Raises ValueError unless each run of the annealing is in one of the comparisons."""
-    named = [name for names in preset["comparisons"].values() for name in names]
-    known = list(preset["anneal"].get("runs", {}))
-    wrong = [name for name in known if named.count(name) != 1] + [name for name in named if name not in known]
-    if wrong:
-        raise ValueError(
-            f"{path}: each run of anneal must be in one of the comparisons, but {wrong[0]!r} is in "
-            f"{named.count(wrong[0])}" + ("." if wrong[0] in known else ", and is no run of anneal.")
-        )
-
-
-def check_seeds(seeds, where: str) -> None:
-    """Raises ValueError unless `seeds` is None or a list of different integers, none of them negative."""
-    if seeds is None:
-        return
-    valid = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
-    if not valid or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{where}={seeds!r} must be a list of different integers that are not negative, e.g. [1, 2].")
 
 
 @dataclass(frozen=True)
@@ -169,11 +122,7 @@ class Experiment:
 
     def comparisons(self) -> list[Comparison]:
         """What is compared: the runs of each of the preset's comparisons that are fine-tuned on the same data."""
-        by_task: dict[str, list[str]] = {}
-        for tuning, run in self.runs("sft").items():
-            by_task.setdefault(Path(self.settings("sft", run)["dataset"]).stem, []).append(tuning)
-        if len(by_task) <= 1:
-            by_task = {"": next(iter(by_task.values()), [""])}
+        by_task = self._tunings_by_task()
         groups = self.preset.get("comparisons") or {"": list(self.runs("anneal"))}
         found = []
         for group, bases in groups.items():
@@ -181,6 +130,24 @@ class Experiment:
                 parts = [str(part) for part in (group, task) if part]
                 found.append(Comparison("/".join(parts), bases, tunings, Path(self.output, "evaluation", *parts)))
         return found
+
+    def _tunings_by_task(self) -> dict[str, list[str]]:
+        """Names of the runs of the fine-tuning that hold out the same examples, by the name of their dataset."""
+        found: dict[str, tuple[dict, list[str]]] = {}
+        for tuning, run in self.runs("sft").items():
+            settings = self.settings("sft", run)
+            data = {name: settings.get(name) for name in HELD_OUT_SETTINGS}
+            first, tunings = found.setdefault(Path(data["dataset"]).stem, (data, []))
+            if first != data:
+                raise ValueError(
+                    f"The runs {tunings[0]!r} and {tuning!r} of sft have a dataset of one name, "
+                    f"{Path(data['dataset']).stem!r}, but do not hold out the same examples. Use the same settings of "
+                    "the data, or another file name."
+                )
+            tunings.append(tuning)
+        if len(found) <= 1:
+            return {"": next((tunings for _, tunings in found.values()), [""])}
+        return {task: tunings for task, (_, tunings) in found.items()}
 
     def _runs_of(self, comparison: Comparison) -> list[tuple[Run, str]]:
         seeds = self.preset.get("seeds") or [None]
@@ -223,7 +190,13 @@ class Experiment:
             raise ValueError(
                 f"from: {place!r} must be the name of a pretraining run or one of its checkpoints: NAME/checkpoint-500."
             )
-        return found[1], int(found[2]) if found[2] else None
+        name, step = found[1], int(found[2]) if found[2] else None
+        if name not in pretraining:
+            raise ValueError(f"from: {place!r} is no run of pretrain, which has {', '.join(pretraining) or 'none'}.")
+        every = self.settings("pretrain", self.runs("pretrain")[name]).get("save_steps")
+        if step is not None and isinstance(every, int) and step % every:
+            raise ValueError(f"from: {place!r} will not be saved, because save_steps is {every}.")
+        return name, step
 
     def _source(self, run: Run) -> tuple[Run, int | None] | None:
         """The pretraining run with the same seed that an annealing run begins with, and the step of its checkpoint."""
@@ -248,6 +221,9 @@ class Experiment:
         own = {**run.settings, "output_dir": str(self.output / kind / run.place)}
         settings = {**self.settings(kind, self.runs(kind)[run.name]), **own}
         source = self._source(run) if kind == "anneal" else None
+        if source is not None and source[1] is not None:
+            # Also before it exists, so that another step is another setting.
+            settings["anneal_from"] = str(self.output / "pretrain" / source[0].place / f"checkpoint-{source[1]}")
 
         def checkpoint_of_source() -> dict:
             if source is None:
@@ -324,7 +300,8 @@ class Experiment:
         pretraining = self.settings("pretrain", self.runs("pretrain")[source[0]])
         before = parse_tokens(pretraining["train_tokens"])
         if source[1] is not None:
-            before = source[1] * pretraining["global_batch_size"] * pretraining["sequence_length"]
+            batch = pretraining.get("global_batch_size") or pretraining["per_device_train_batch_size"]
+            before = source[1] * batch * pretraining["sequence_length"]
         share = str(settings["train_tokens"])
         tokens = round(before * float(share[:-1]) / 100) if share.endswith("%") else share
         return {**settings, "train_tokens": str(tokens), "warmup_steps": 0}

@@ -54,7 +54,7 @@ class Chain:
         folder (`Path`): output folder of the experiment; marks, locks, logs and config files are in it.
 
     Raises:
-        ValueError: if a stage needs an unknown one, or itself.
+        ValueError: if a stage needs an unknown one, or itself, or two of them have the same files.
     """
 
     def __init__(self, stages: Sequence[Stage], folder: Path):
@@ -68,6 +68,10 @@ class Chain:
             raise ValueError(f"Stages need each other: {' -> '.join(error.args[1])}.") from error
         self.stages = {name: by_name[name] for name in order}
         self.folder = folder
+        files: dict[Path, str] = {}
+        for name, stage in self.stages.items():
+            if (other := files.setdefault(self.file("finished", stage, ".json"), name)) != name:
+                raise ValueError(f"The stages {other!r} and {name!r} have the same files. Rename one of their runs.")
 
     def __getitem__(self, name: str) -> Stage:
         """The stage with a name.

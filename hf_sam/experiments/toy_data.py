@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import multiprocessing
 import re
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,16 +86,33 @@ def docstrings(path: Path) -> list[str]:
 
 
 def functions(path: Path) -> list[tuple[str, str]]:
-    """The functions of one Python file: signature, and body without docstring."""
+    """The functions and methods of one Python file: signature, and body without docstrings.
+
+    Those inside of a function are only part of it, so that no text is in two examples.
+    """
     found = []
-    for node in _definitions(path.read_text(encoding="utf-8", errors="replace")):
-        if isinstance(node, ast.FunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-            text = "\n".join(map(ast.unparse, body))
-            if len(text) >= SHORTEST_FUNCTION:
-                signature = ast.FunctionDef(node.name, node.args, [], [], returns=node.returns)
-                found.append((ast.unparse(ast.fix_missing_locations(signature)).strip(), textwrap.indent(text, "    ")))
+    for parent in _definitions(path.read_text(encoding="utf-8", errors="replace")):
+        if isinstance(parent, ast.Module | ast.ClassDef):
+            for node in parent.body:
+                if isinstance(node, ast.FunctionDef) and (parts := _signature_and_body(node)) is not None:
+                    found.append(parts)
     return found
+
+
+def _signature_and_body(function: ast.FunctionDef) -> tuple[str, str] | None:
+    """None for a function that is short, or that cannot be written as source again."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            node.decorator_list = []
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+    head = ast.FunctionDef(function.name, function.args, [ast.Pass()], [], function.returns)
+    try:
+        signature = ast.unparse(ast.fix_missing_locations(head)).removesuffix("\n    pass")
+        body = ast.unparse(ast.fix_missing_locations(function)).removeprefix(f"{signature}\n")
+    except (ValueError, RecursionError):  # f-strings of newer versions; very long expressions
+        return None
+    return (signature, body) if len(body) >= SHORTEST_FUNCTION else None
 
 
 def _fraction(document: str) -> float:

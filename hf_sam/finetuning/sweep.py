@@ -53,6 +53,11 @@ def run_sweep(
         ValueError, OSError: before training, if an input is wrong or missing, or the disk is too small.
     """
     check_inputs(rates, data, model_args)
+    if model_args.use_peft and make_args(rates[0]).l2_lambda:
+        raise ValueError(
+            "l2_lambda holds trained weights near those of the base, but adapters are trained beside it. Drop "
+            "l2_lambda or use_peft."
+        )
     source = _find_model(model_args)
     missing = [
         rate for rate in rates if not is_finished(args := make_args(rate), _settings(args, data, model_args, source))

@@ -35,7 +35,8 @@ class PretrainingArguments(SAMTrainingArguments):
             A checkpoint of a run with constant learning rate. The run continues with its weights, optimizer state and
             data position, and the learning rate decays over `train_tokens`.
         ema_decay (`float`, *optional*):
-            Save an exponential moving average of the weights instead of the last ones; its decay per step, e.g. 0.998.
+            Save an exponential moving average of the weights of this run instead of the last ones; its decay per step,
+            e.g. 0.998. With `anneal_from`, it begins anew. Not with DeepSpeed.
         num_train_epochs (`float`, *optional*, defaults to 1):
             With `train_tokens`, the maximum number of passes over the data.
 
@@ -86,6 +87,8 @@ class PretrainingArguments(SAMTrainingArguments):
             raise ValueError(f"z_loss={self.z_loss} must be 0 or larger.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1, e.g. 0.998.")
+        if self.ema_decay is not None and self.load_best_model_at_end:
+            raise ValueError("ema_decay replaces the weights at the end, and so does load_best_model_at_end. Drop one.")
         if isinstance(self.no_weight_decay, str):
             self.no_weight_decay = [self.no_weight_decay]
         # Before the checks of `TrainingArguments`, which fill in DeepSpeed's "auto" values.

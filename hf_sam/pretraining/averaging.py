@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from ..runtime.sharding import local_shard
+from ..runtime.sharding import gathered, local_shard, reshard, shard_like
+
+_FILE = "weight_average.pt"
 
 
 class WeightAverage(TrainerCallback):
     """Keeps average = decay * average + (1 - decay) * w after each step, and puts it in the place of w in the end.
 
-    Each rank keeps the average of its own shards, which takes as much memory as the weights. Checkpoints hold it.
+    Each rank keeps the average of its own shards, which takes as much memory as the weights. Checkpoints hold it once.
 
     Args:
         decay (`float`): between 0 and 1.
@@ -24,40 +26,50 @@ class WeightAverage(TrainerCallback):
         self._decay = decay
         self._average: dict[str, torch.Tensor] = {}
 
+    def reset(self) -> None:
+        """Begin a new average."""
+        self._average = {}
+
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        for name, weight in _trained(model).items():
+        for name, param in _trained(model).items():
+            weight = local_shard(param.detach())
             if name in self._average:
-                self._average[name].lerp_(weight, 1 - self._decay)
+                local_shard(self._average[name]).lerp_(weight, 1 - self._decay)
             else:
-                self._average[name] = weight.clone()
+                self._average[name] = param.detach().clone()
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        for name, weight in _trained(model).items():
+        for name, param in _trained(model).items():
             if name in self._average:
-                weight.copy_(self._average[name])
+                local_shard(param.detach()).copy_(local_shard(self._average[name]))
 
-    def save(self, checkpoint: str, rank: int) -> None:
-        """Write the average of this rank into a checkpoint."""
-        file = self._file(checkpoint, rank)
-        file.parent.mkdir(parents=True, exist_ok=True)  # rank 0, which makes the folder, may come later
-        torch.save(self._average, file)
+    def save(self, checkpoint: str, write: bool) -> None:
+        """Write the average into a checkpoint. All ranks call it; one of them writes."""
+        whole = {name: gathered(value) for name, value in self._average.items()}
+        if write:
+            Path(checkpoint).mkdir(parents=True, exist_ok=True)
+            torch.save({name: value.cpu() for name, value in whole.items()}, Path(checkpoint) / _FILE)
 
-    def load(self, checkpoint: str, rank: int, model: torch.nn.Module) -> None:
-        """Continue the average of a checkpoint; one without an average begins with the weights after the next step."""
-        file = self._file(checkpoint, rank)
+    def load(self, checkpoint: str, model: torch.nn.Module) -> None:
+        """Continue the average of a checkpoint, on any number of ranks.
+
+        Raises:
+            ValueError: if the checkpoint holds none.
+        """
+        file = Path(checkpoint) / _FILE
         if not file.exists():
-            return
-        devices = {name: weight.device for name, weight in _trained(model).items()}
+            raise ValueError(f"{checkpoint} holds no average of the weights: it was saved without ema_decay.")
         found = torch.load(file, map_location="cpu", weights_only=True)
-        self._average = {name: value.to(devices[name]) for name, value in found.items()}
-
-    @staticmethod
-    def _file(checkpoint: str, rank: int) -> Path:
-        return Path(checkpoint) / f"weight_average_{rank}.pt"
+        self.reset()
+        for name, param in _trained(model).items():
+            if name in found:
+                self._average[name] = param.detach().clone()
+                local_shard(self._average[name]).copy_(shard_like(found[name], param))
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parts of the trained parameters on this rank, by name."""
-    return {name: local_shard(param.detach()) for name, param in model.named_parameters() if param.requires_grad}
+    """The trained parameters by name, sharded as in training: an evaluation may leave them gathered."""
+    reshard(model)
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}

@@ -174,10 +174,11 @@ def check_space(args: PretrainingArguments, model) -> None:
     A checkpoint holds weights and two moments in fp32; sharded strategies write the weights twice.
     """
     weights = 4 * get_model_param_count(model)
+    checkpoint = (4 if args.ema_decay is None else 5) * weights
     saves = 0 if args.save_strategy == "no" else _checkpoints(args)
     existing = len(list(Path(args.output_dir).glob("checkpoint-*")))
     what = f"the model and {saves} checkpoint{'' if saves == 1 else 's'} of it (save_steps, save_total_limit)"
-    compute_on_first(lambda: check_disk(args.output_dir, weights + max(0, saves - existing) * 4 * weights, what))
+    compute_on_first(lambda: check_disk(args.output_dir, weights + max(0, saves - existing) * checkpoint, what))
 
 
 def _checkpoints(args: PretrainingArguments) -> int:

@@ -41,6 +41,8 @@ class PretrainingTrainer(SAMTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._resumed_from = resume_from_checkpoint if self._streams else None
+        if self._average is not None:
+            self._average.reset()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
@@ -54,12 +56,12 @@ class PretrainingTrainer(SAMTrainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._average is not None:
-            self._average.save(output_dir, self.args.process_index)
+            self._average.save(output_dir, write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self._average is not None and checkpoint is not None:
-            self._average.load(checkpoint, self.args.process_index, self.model)
+        if self._average is not None and checkpoint not in (None, self.args.anneal_from):
+            self._average.load(checkpoint, self.model)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         patterns = self.args.no_weight_decay

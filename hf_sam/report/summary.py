@@ -65,11 +65,16 @@ def summarize(results: Sequence[Results], pattern: str = SEED_PATTERN) -> dict:
 
 
 def cost_of_training(summary: dict, name: str) -> float | None:
-    """Passes over the data in the training of a base, as a multiple of those of the reference; None if not known."""
-    took, first = ((summary["runs"][one]["training"] or {}) for one in (name, summary["reference"]))
-    if "passes" not in took or "passes" not in first:
+    """Passes over the data in the training of a base, as a multiple of those of the reference; None if not known.
+
+    If one of them began with an earlier checkpoint, those of the other one are counted from that step on.
+    """
+    runs = [(summary["runs"][one]["training"] or {}) for one in (name, summary["reference"])]
+    if any("passes" not in one for one in runs):
         return None
-    return took["own_steps"] * took["passes"] / (first["own_steps"] * first["passes"])
+    began = [one["steps"] - one["own_steps"] for one in runs]
+    passes = [first - min(began) + one["own_steps"] * one["passes"] for first, one in zip(began, runs, strict=True)]
+    return passes[0] / passes[1]
 
 
 def _point(one: Results, run) -> dict:

@@ -166,7 +166,8 @@ def _certainty(summary: dict) -> str:
 def without_equal_compute(summary: dict) -> list[str]:
     """Runs with SAM that took more passes than any run without it."""
     took = {name: run["training"] or {} for name, run in summary["runs"].items()}
-    compute = {name: one["own_steps"] * one["passes"] for name, one in took.items() if "passes" in one}
+    costs = {name: cost_of_training(summary, name) for name in took}
+    compute = {name: cost for name, cost in costs.items() if cost is not None}
     plain = [compute[name] for name in compute if not took[name]["sam_steps"]]
     return [name for name in compute if took[name]["sam_steps"] and compute[name] > 1.05 * max(plain, default=0.0)]
 

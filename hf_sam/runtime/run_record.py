@@ -72,12 +72,12 @@ def _look(output_dir: str, settings: dict) -> tuple[bool, str | None]:
     before = read_json(folder / SETTINGS)
     if before is None:
         return False, f"output_dir={output_dir!r} holds checkpoints of another program. Choose another folder."
-    if before != settings:
-        changed = [
-            f"{name} {before.get(name)!r} -> {settings.get(name)!r}"
-            for name in sorted(before.keys() | settings.keys())
-            if before.get(name) != settings.get(name)
-        ]
+    changed = [
+        f"{name} {before.get(name)!r} -> {settings.get(name)!r}"
+        for name in sorted(before.keys() | settings.keys())
+        if before.get(name) != settings.get(name)  # a setting that an older version did not know is None
+    ]
+    if changed:
         return False, (
             f"output_dir={output_dir!r} holds a run with other settings ({', '.join(changed)}). Choose another folder, "
             "or remove that one."

@@ -17,6 +17,11 @@ def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor, on all ranks, which must all call it; `tensor` itself if it is not sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_like(whole: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """The part of `whole` that corresponds to this rank's shard of `param`; both have the same global shape."""
     if not isinstance(param, DTensor):

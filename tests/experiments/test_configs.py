@@ -12,8 +12,10 @@ import yaml
 
 from hf_sam.commands import compare, pretrain, reproduce, sweep, toy_data
 from hf_sam.evaluation import EvaluationArguments
-from hf_sam.experiments.experiment import PRESETS, Experiment, read_preset
-from hf_sam.experiments.stages import Chain
+from hf_sam.experiments.experiment import Experiment
+from hf_sam.experiments.presets import PRESETS, read_preset
+from hf_sam.experiments.stages import Chain, Stage
+from hf_sam.planning import parse_tokens
 from hf_sam.report.methods import group_by_seed
 from hf_sam.runtime.config import read_config
 
@@ -273,6 +275,7 @@ def test_recipes_are_short_scripts(recipe):
 def test_an_annealing_may_begin_with_an_earlier_checkpoint(tmp_path):
     runs = {"last": None, "earlier": {"from": "stable/checkpoint-8", "train_tokens": "50%"}}
     own = {"extends": str(PRESETS / "toy.yaml"), "seeds": [3], "anneal": {"runs": runs}}
+    own["pretrain"] = {"settings": {"save_steps": 4}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     experiment = Experiment(read_preset(str(tmp_path / "own.yaml")), tmp_path, 1)
     stages = {stage.name: stage for stage in experiment.stages()}
@@ -285,6 +288,9 @@ def test_an_annealing_may_begin_with_an_earlier_checkpoint(tmp_path):
     for step in (8, 16):
         write_checkpoint(folder / f"checkpoint-{step}")
     assert earlier.late_settings() == {"anneal_from": str(folder / "checkpoint-8")}
+    # Part of the settings, so that a finished stage with another step is refused.
+    assert earlier.settings["anneal_from"] == str(folder / "checkpoint-8")
+    assert "anneal_from" not in stages["anneal/adamw/seed-3"].settings
     assert stages["anneal/adamw/seed-3"].late_settings() == {"anneal_from": str(folder / "checkpoint-16")}
     planned = experiment.plan(lambda command, settings: f"{command} {settings.get('train_tokens')}")
     assert f"anneal/earlier\n\npretrain {8 * 16 * 128 // 2}" in planned
@@ -298,12 +304,25 @@ def write_checkpoint(folder: Path) -> None:
     (folder / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {"CheckpointRecord": record}}))
 
 
-@pytest.mark.parametrize("place", ["stable/last", "stable/checkpoint-x", "/checkpoint-3", 3.5])
-def test_a_checkpoint_that_is_none_is_refused(place, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("stable/last", "must be the name of a pretraining run or one of its checkpoints"),
+        ("stable/checkpoint-x", "must be the name of a pretraining run or one of its checkpoints"),
+        ("/checkpoint-3", "must be the name of a pretraining run or one of its checkpoints"),
+        (3.5, "'3.5' is no run of pretrain, which has stable"),
+        ("unstable/checkpoint-400", "is no run of pretrain, which has stable"),
+        ("stable/checkpoint-500", "will not be saved, because save_steps is 400"),
+    ],
+)
+def test_a_checkpoint_that_will_not_be_there_is_refused(place, message, tmp_path):
     own = {"extends": str(PRESETS / "toy.yaml"), "anneal": {"runs": {"sam": {"from": place}}}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    with pytest.raises(ValueError, match=r"from: .* must be the name of a pretraining run|needs unknown stage"):
-        Chain(Experiment(read_preset(str(tmp_path / "own.yaml")), tmp_path, 1).stages(), tmp_path)
+    experiment = Experiment(read_preset(str(tmp_path / "own.yaml")), tmp_path, 1)
+    with pytest.raises(ValueError, match=message):
+        experiment.stages()
+    with pytest.raises(ValueError, match=message):
+        experiment.plan(lambda command, settings: "")
 
 
 def stages_with_tunings(tmp_path: Path, runs: dict) -> dict:
@@ -347,6 +366,34 @@ def test_models_that_are_fine_tuned_on_different_data_are_compared_apart(tmp_pat
     assert report.needs == ("evaluate/adamw/code/seed-3", "evaluate/sam/code/seed-3")
 
 
+@pytest.mark.parametrize("change", [{"dataset": "other/problems.jsonl"}, {"held_out_examples": 8}, {"data_seed": 1}])
+def test_runs_of_one_task_hold_out_the_same_examples(tmp_path, change):
+    with pytest.raises(
+        ValueError, match=r"'plain' and 'other' of sft have a dataset of one name, 'problems', but do not"
+    ):
+        stages_with_tunings(tmp_path, {"plain": {}, "other": change})
+    stages_with_tunings(tmp_path, {"plain": {}, "other": {"learning_rates": [1e-3], "rehearsal_share": 0.1}})
+
+
+def test_runs_whose_files_would_be_the_same_are_refused(tmp_path):
+    stages = [Stage("sft/a/b-c", "", {}), Stage("sft/a-b/c", "", {})]
+    with pytest.raises(ValueError, match="'sft/a/b-c' and 'sft/a-b/c' have the same files"):
+        Chain(stages, tmp_path)
+
+
+def test_checkpoints_that_presets_anneal_from_are_kept():
+    for file in of("presets"):
+        experiment = Experiment(read_preset(file.stem), Path("out"), 1)
+        for run in experiment.runs("anneal").values():
+            source = experiment.source(run)
+            if source is not None and source[1] is not None:
+                settings = experiment.settings("pretrain", experiment.runs("pretrain")[source[0]])
+                tokens = settings["global_batch_size"] * settings["sequence_length"]
+                last = -(-parse_tokens(settings["train_tokens"]) // tokens)
+                kept = settings["save_steps"] * (settings["save_total_limit"] - 1)
+                assert last - kept <= source[1] <= last, (file.stem, source)
+
+
 def test_runs_are_compared_in_the_groups_of_the_preset(tmp_path):
     own = {
         "extends": str(PRESETS / "toy.yaml"),
@@ -370,7 +417,8 @@ def test_runs_are_compared_in_the_groups_of_the_preset(tmp_path):
         ({25: ["adamw"]}, "'sam' is in 0."),
         ({25: [*own["comparisons"][25], "adamw"], 50: own["comparisons"][50]}, "'adamw' is in 2."),
         ({**own["comparisons"], 75: ["sgd"]}, "'sgd' is in 1, and is no run of anneal"),
+        ({**own["comparisons"], 75: []}, "comparison 75 has no runs"),
     ):
         (tmp_path / "own.yaml").write_text(yaml.safe_dump({**own, "comparisons": groups}))
-        with pytest.raises(ValueError, match=f"must be in one of the comparisons, but {message}"):
+        with pytest.raises(ValueError, match=message):
             read_preset(str(tmp_path / "own.yaml"))

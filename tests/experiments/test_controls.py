@@ -11,7 +11,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from toy import olmo2, token_dataset
 
 from hf_sam import SAMStep
-from hf_sam.experiments.experiment import read_preset
+from hf_sam.experiments.presets import read_preset
 from hf_sam.step.variants import VARIANTS, register
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "results" / "toy-controls"
@@ -63,8 +63,8 @@ def trained(variant: str | None) -> tuple[list[torch.Tensor], list[torch.Tensor]
 
 def assert_same(some: list[torch.Tensor], others: list[torch.Tensor]) -> None:
     for one, other in zip(some, others, strict=True):
-        # The order of two operations of the moving average differs.
-        torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-12)
+        # Moving average and clipping are computed in another order.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
 
 
 def test_the_second_moment_is_that_of_the_other_gradient(controls):

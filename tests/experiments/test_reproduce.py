@@ -16,7 +16,8 @@ import yaml
 
 from hf_sam import commands
 from hf_sam.commands.reproduce import find_devices
-from hf_sam.experiments.experiment import PRESETS, Experiment, read_preset
+from hf_sam.experiments.experiment import Experiment
+from hf_sam.experiments.presets import PRESETS, read_preset
 from hf_sam.experiments.toy_data import docstrings
 
 ROOT = Path(__file__).parents[2]

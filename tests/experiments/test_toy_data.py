@@ -71,14 +71,17 @@ def test_functions_are_their_signature_and_their_body_without_the_docstring(tmp_
         '    """Say what it does."""\n'
         "    # A comment.\n"
         "    total = sum(value for value in range(a) if value % b == 0)\n"
-        "    if total > 100:\n        raise ValueError(f'{total} is more than one hundred')\n    return total\n\n"
+        "    if total > 100:\n        raise ValueError(f'{total} is more than one hundred')\n"
+        '    def inner():\n        """Not an example of its own."""\n        nonlocal total\n'
+        "        total = '''one\ntwo'''\n    return inner() or total\n\n"
         "def short(a):\n    return a\n"
     )
     assert functions(path) == [
         (
             "def long(a: int, *, b=2) -> int:",
             "    total = sum((value for value in range(a) if value % b == 0))\n    if total > 100:\n"
-            "        raise ValueError(f'{total} is more than one hundred')\n    return total",
+            "        raise ValueError(f'{total} is more than one hundred')\n\n    def inner():\n"
+            "        nonlocal total\n        total = 'one\\ntwo'\n    return inner() or total",
         )
     ]
     path.write_text("def broken(:\n")

@@ -68,10 +68,38 @@ def test_the_average_replaces_the_weights_also_after_a_kill(launch, config, aver
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
 
 
+def test_it_goes_on_on_another_number_of_processes(launch, config, average, tmp_path):
+    flags = ["--ema_decay", str(DECAY)]
+    run(launch, config, tmp_path, *flags, ranks=2, strategy="ddp", kill_at=tmp_path / "checkpoint-5")
+    again = run(launch, config, tmp_path, *flags, "--per_device_train_batch_size", "4")
+    assert again.status == [0], again.output[0][-3000:]
+    for name, value in load_file(tmp_path / "model.safetensors").items():
+        torch.testing.assert_close(value, average[name], rtol=1e-4, atol=1e-4)
+    assert len(list((tmp_path / "checkpoint-8").glob("weight_average*"))) == 1
+
+
+def test_an_annealing_begins_an_average_of_its_own(launch, config, tmp_path):
+    """After one step, the average is the weights themselves."""
+    whole, flags = tmp_path / "whole", ["--ema_decay", str(DECAY), "--train_tokens"]
+    assert run(launch, config, whole, "--ema_decay", str(DECAY)).status == [0]
+    flags += ["64", "--anneal_from", str(whole / "checkpoint-8"), "--lr_scheduler_type", "linear"]
+    annealed, plain = tmp_path / "annealed", tmp_path / "plain"
+    ended = run(launch, config, annealed, *flags)
+    assert ended.status == [0], ended.output[0][-3000:]
+    assert run(launch, config, plain, *flags[2:]).status == [0]
+    one, other = (load_file(folder / "model.safetensors") for folder in (annealed, plain))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     ("flags", "job", "message"),
     [
         (["--ema_decay", "1"], {}, "ema_decay=1.0 must be between 0 and 1"),
+        (
+            ["--ema_decay", "0.9", "--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "1"],
+            {},
+            "ema_decay replaces the weights at the end, and so does load_best_model_at_end",
+        ),
         (["--ema_decay", "0.9"], {"ranks": 2, "strategy": "zero2"}, "ema_decay does not work with DeepSpeed"),
     ],
 )

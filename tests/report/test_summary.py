@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_sam.evaluation import Results
-from hf_sam.report.summary import summarize
+from hf_sam.report.summary import cost_of_training, summarize
 from hf_sam.report.tables import summary_document
 from hf_sam.statistics import HeldOutLoss
 
@@ -165,8 +165,20 @@ def test_seeds_that_one_method_lacks_are_left_out_of_its_reduction():
 
 
 def trained(one: Results, steps: int, sam_steps: int, passes: float) -> Results:
-    one.record["models"][0]["training"] = {"own_steps": steps, "sam_steps": sam_steps, "passes": passes}
+    counts = {"steps": steps, "own_steps": steps, "sam_steps": sam_steps, "passes": passes}
+    one.record["models"][0]["training"] = counts
     return one
+
+
+def test_a_run_that_began_earlier_is_compared_from_that_step_on():
+    """As many passes in all: 100 + 20 of the one, 80 + 2 * 20 of the other."""
+    adamw, sam, later = (results(name, 3.0, 3.1, {}) for name in ("adamw", "sam-earlier", "sam"))
+    for one, steps, passes in ((adamw, 120, 1.0), (sam, 100, 2.0), (later, 120, 2.0)):
+        one.record["models"][0]["training"] = {"steps": steps, "own_steps": 20, "sam_steps": 20, "passes": passes}
+    adamw.record["models"][0]["training"]["sam_steps"] = 0
+    summary = summarize([adamw, sam, later])
+    assert [cost_of_training(summary, name) for name in summary["runs"]] == [1.0, 1.0, 2.0]
+    assert "No run without SAM has the compute of `sam`:" in text_of(summary)
 
 
 def test_a_run_with_sam_without_its_equal_compute_is_said():

@@ -2,8 +2,8 @@
 
 python recipes/results/toy-controls/controls.py --seeds 1 2 3
 
-With the --output_dir of `recipes/reproduce.py --preset toy-interval`, which is the default, the runs that both have
-are not repeated.
+The pretraining and two runs are those of `recipes/reproduce.py --preset toy-interval --seeds 1 2 3`, and are not
+repeated in its --output_dir, which is the default. The report, in evaluation/comparison, replaces that of the preset.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from hf_sam.commands.reproduce import run_stage
 from hf_sam.experiments.driver import run_chain
-from hf_sam.experiments.experiment import Experiment, read_preset
+from hf_sam.experiments.experiment import Experiment
+from hf_sam.experiments.presets import read_preset
 from hf_sam.experiments.stages import Chain
 from hf_sam.step.variants import SAM, Variant, register
 
@@ -123,6 +124,8 @@ def main(argv: list[str]) -> int:
         [""] * (os.cpu_count() or 1),
         lambda stage: [sys.executable, __file__, *flags, "--stage", stage.name],
     )
+    if finished:
+        print(f"The report is in {output / 'evaluation' / 'comparison'}.")
     return 0 if finished else 1
 
 
