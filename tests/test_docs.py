@@ -8,7 +8,9 @@ import pytest
 from test_architecture import FACE, LAYERS
 
 from hf_sam.commands.suggest_rho import STARTS
-from hf_sam.report.tables import estimate
+from hf_sam.experiments.presets import read_preset
+from hf_sam.report.summary import cost_of_training
+from hf_sam.report.tables import estimate, negative
 from hf_sam.runtime.config import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +80,32 @@ def differences(summary: dict) -> list[list[str]]:
 def test_where_runs_end_against_equal_compute_is_that_of_its_report():
     text = (ROOT / "recipes" / "results" / "toy-cost" / "equal-compute" / "summary.json").read_text(encoding="utf-8")
     assert table_that_begins(COST, "| against `adamw-equal-compute`")[1:] == differences(json.loads(text))
+
+
+def reductions(summary: dict) -> list[list[str]]:
+    """What each run loses less than the reference, and how much lower it ended after fine-tuning, a row each."""
+    rows = []
+    for name, run in summary["runs"].items():
+        if name != summary["reference"]:
+            tuned, quantized = run["fine-tuned"], run["quantized"]
+            found = [tuned["reduction"], quantized["nf4"]["reduction"], quantized["rtn3"]["reduction"]]
+            cells = [estimate(one, ".0f", "%", less_is_better=False) for one in found]
+            ends = estimate(negative(tuned["loss difference"]), "+.3f", less_is_better=False)
+            rows.append([f"{cost_of_training(summary, name):.2f}x", *map(str, cells), str(ends)])
+    return rows
+
+
+@pytest.mark.parametrize("name", ["toy-interval"])
+def test_the_map_is_that_of_its_report_and_its_preset(name):
+    summary = json.loads((ROOT / "recipes" / "results" / name / "summary.json").read_text(encoding="utf-8"))
+    preset = read_preset(name)["anneal"]["runs"]
+    assert list(preset) == list(summary["runs"])
+    rows = table_that_begins(COST, "| every | `sam_rho`")[1:]
+    assert [row[3:] for row in rows] == reductions(summary)
+    for row, run in zip(rows, list(preset.values())[1:], strict=True):
+        share = "a quarter" if "sam_ascent_micro_batches" in run else "all"
+        clipped = ", not clipped" if run.get("max_grad_norm") == 0 else ""
+        assert row[:3] == [f"{run.get('sam_interval', 1)}{clipped}", str(run["sam_rho"]), share]
 
 
 def test_settings_of_the_runs_are_those_of_the_preset():

@@ -12,7 +12,7 @@ from .document import Document
 from .export import write_numbers
 from .methods import SEED_PATTERN, Method, group_by_seed
 from .pages import change_text, loss_text
-from .plots import plot_costs, plot_sweeps
+from .plots import is_crowded, plot_costs, plot_sweeps
 from .summary import benchmark_settings, summarize
 from .tables import MISSING, NOT_ASKED, add_tables, add_verdict
 
@@ -133,7 +133,8 @@ def _sweeps(document: Document, results: Sequence[Results], methods: Sequence[Me
     by_method = {name: found for name, found in by_method.items() if found}
     if not by_method:
         return
-    caption = "Left: what was lost, against the task loss. Right: the loss on old data where it ended. 95% intervals."
+    caption = "Left: what was lost, against the task loss. Right: the loss on old data where it ended. "
+    caption += "Curves are means over the seeds." if is_crowded(by_method) else "95% intervals."
     document.figure("frontier", plot_sweeps(by_method), caption)
 
 

@@ -9,6 +9,8 @@ from ..statistics import Estimate, TunedRun, forgetting, pareto_frontier
 from ..statistics.curves import curve
 from .summary import cost_of_training
 
+# More sweeps than this are drawn as one curve a method.
+_SWEEPS_SHOWN = 12
 _TASK = "held-out task loss after fine-tuning (nats per token)\nbetter to the right"
 
 
@@ -16,7 +18,7 @@ def plot_sweeps(sweeps: Mapping[str, Sequence[Sequence[TunedRun]]]) -> bytes:
     """Forgetting, and the loss on old data where it ended, against the task loss.
 
     Curves are those of the statistics, along the frontier of each sweep; bars are 95% intervals over documents. Runs
-    off the frontier are pale.
+    off the frontier are pale. Of many sweeps, there is one curve a method, the mean over its seeds.
 
     Args:
         sweeps (`Mapping[str, Sequence[Sequence[TunedRun]]]`): the sweeps by method, one for each training seed.
@@ -27,6 +29,9 @@ def plot_sweeps(sweeps: Mapping[str, Sequence[Sequence[TunedRun]]]) -> bytes:
     )
     with panels(*labels) as (render, both):
         for name, style in styles(sweeps).items():
+            if is_crowded(sweeps):
+                _plot_mean(both, sweeps[name], style)
+                continue
             for seed, sweep in enumerate(sweeps[name]):
                 label = {"label": style["label"] if seed == 0 else "_hidden"}
                 _plot_sweep(both, sweep, {**style, **label})
@@ -37,6 +42,11 @@ def plot_sweeps(sweeps: Mapping[str, Sequence[Sequence[TunedRun]]]) -> bytes:
         else:  # would cover the curves
             both[0].figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return render()
+
+
+def is_crowded(sweeps: Mapping[str, Sequence]) -> bool:
+    """Whether there are so many sweeps that only their means can be told apart."""
+    return sum(map(len, sweeps.values())) > _SWEEPS_SHOWN
 
 
 def plot_costs(summary: dict) -> bytes | None:
@@ -86,6 +96,22 @@ def _columns(summary: dict) -> dict[tuple[str, str], dict[str, dict | None]]:
         own = {name: run["quantized"][scheme] for name, run in runs.items()}
         found[f"damage of {scheme}", less.format(reference)] = {name: one["reduction"] for name, one in own.items()}
     return found
+
+
+def _plot_mean(both: Sequence, sweeps: Sequence[Sequence[TunedRun]], style: dict) -> None:
+    """The mean over seeds, at the task losses that all of them span."""
+    frontiers = []
+    for sweep in sweeps:
+        points = [(run.task.loss, run.forgetting) for run in sweep]
+        frontiers.append([points[i] for i in pareto_frontier(points)])
+    low, high = max(one[0][0] for one in frontiers), min(one[-1][0] for one in frontiers)
+    if low > high:
+        return
+    losses = np.linspace(low, high, 101)
+    line = np.mean([curve(points, losses) for points in frontiers], axis=0)
+    before = np.mean([sweep[0].before.loss for sweep in sweeps])
+    for axes, level in zip(both, (0.0, before), strict=True):
+        axes.plot(losses, line + level, **{**style, "linestyle": "-"}, markevery=25)
 
 
 def _plot_sweep(both: Sequence, sweep: Sequence[TunedRun], style: dict) -> None:

@@ -70,7 +70,7 @@ def overview(summary: dict) -> tuple[list[str], list[list[str | Cell]]]:
             absent = "reference" if is_reference else MISSING if run["has tuned models"] else NOT_ASKED
             nothing = f"{summary['reference']} forgot nothing" if end is not None else absent
             row.append(estimate(found.get("reduction"), ".1f", "%", absent=nothing, less_is_better=False))
-            row.append(estimate(end and _negative(end), "+.4f", absent=absent, less_is_better=False))
+            row.append(estimate(end and negative(end), "+.4f", absent=absent, less_is_better=False))
         for scheme in schemes:
             found = run["quantized"][scheme]
             absent = _absent(found, summary["reference"], is_reference)
@@ -279,7 +279,7 @@ def marked(text: str, difference: Mapping | None, *, less_is_better: bool) -> Ce
     return Cell(text)
 
 
-def _negative(values: Mapping) -> dict:
+def negative(values: Mapping) -> dict:
     """An estimate of the opposite sign."""
     ends = {"value": values["value"], "low": values["high"], "high": values["low"]}
     return {**values, **{name: None if value is None else -value for name, value in ends.items()}}

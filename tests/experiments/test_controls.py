@@ -95,11 +95,10 @@ def test_each_control_differs_from_sparse_sam_in_one_setting(controls):
     sparse = runs["sam-every-10"]
     assert sparse == read_preset("toy-interval")["anneal"]["runs"]["sam-every-10"]
     changed = {
-        name: sorted(key for key in {**run, **sparse} if run.get(key) != sparse.get(key))
-        for name, run in runs.items()
-        if run
+        name: sorted(key for key in {**run, **sparse} if run.get(key) != sparse.get(key)) for name, run in runs.items()
     }
     assert changed == {
+        "adamw": ["sam_interval", "sam_rho"],
         "sam-every-10": [],
         "every-10-unclipped": ["max_grad_norm"],
         "not-in-second-moment": ["sam_variant"],
