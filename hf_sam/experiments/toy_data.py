@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -145,20 +145,14 @@ def problem_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int, s
     require("reasoning_gym", "The word problems of the toy preset")
     import reasoning_gym
 
-    texts = []
-    for problem in reasoning_gym.create_dataset("gsm_symbolic", size=4 * count, seed=seed):
-        text = {
+    texts = (
+        {
             "prompt": f"Question: {_one_line(problem['question'])}\nAnswer:",
             "completion": f" {_one_line(problem['metadata']['answer_cot'])}",
         }
-        if sum(len(tokenizer(part)["input_ids"]) for part in text.values()) + 1 <= length:
-            texts.append(text)
-        if len(texts) == count:
-            return texts
-    raise ValueError(
-        f"Only {len(texts)} of {4 * count} word problems fit into {length} tokens, and {count} are needed. "
-        "Raise the sequence length."
+        for problem in reasoning_gym.create_dataset("gsm_symbolic", size=4 * count, seed=seed)
     )
+    return _that_fit(texts, tokenizer, count, length, "word problems")
 
 
 def function_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int, seed: int) -> list[dict[str, str]]:
@@ -169,16 +163,22 @@ def function_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int, 
     """
     # One for each body, because models of one family repeat theirs.
     distinct = {body: signature for signature, body in _of_all_files(functions)}
-    texts = []
-    for body in sorted(distinct, key=lambda body: seed_of(f"{seed} {body}")):
-        text = {"prompt": f"{distinct[body]}\n", "completion": body}
+    shuffled = sorted(distinct, key=lambda body: seed_of(f"{seed} {body}"))
+    texts = ({"prompt": f"{distinct[body]}\n", "completion": body} for body in shuffled)
+    return _that_fit(texts, tokenizer, count, length, "functions")
+
+
+def _that_fit(texts: Iterable[dict[str, str]], tokenizer, count: int, length: int, what: str) -> list[dict[str, str]]:
+    """The first `count` texts of at most `length` tokens with the end token."""
+    found, seen = [], 0
+    for seen, text in enumerate(texts, start=1):
         if sum(len(tokenizer(part)["input_ids"]) for part in text.values()) + 1 <= length:
-            texts.append(text)
-        if len(texts) == count:
-            return texts
+            found.append(text)
+        if len(found) == count:
+            return found
     raise ValueError(
-        f"Only {len(texts)} of {len(distinct)} functions fit into {length} tokens, and {count} are needed. Raise the "
-        "sequence length, or ask for fewer."
+        f"Only {len(found)} of {seen} {what} fit into {length} tokens, and {count} are needed. Raise task_length, or "
+        "ask for fewer."
     )
 
 
