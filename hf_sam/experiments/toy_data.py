@@ -171,7 +171,8 @@ def function_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int, 
 def _that_fit(texts: Iterable[dict[str, str]], tokenizer, count: int, length: int, what: str) -> list[dict[str, str]]:
     """The first `count` texts of at most `length` tokens with the end token."""
     found, seen = [], 0
-    for seen, text in enumerate(texts, start=1):
+    for text in texts:
+        seen += 1
         if sum(len(tokenizer(part)["input_ids"]) for part in text.values()) + 1 <= length:
             found.append(text)
         if len(found) == count:

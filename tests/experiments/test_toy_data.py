@@ -61,7 +61,7 @@ def test_problems_have_a_question_a_worked_solution_and_a_length(tokenizer):
         assert "Question" not in text["completion"]
         assert len(tokenizer(text["prompt"] + text["completion"])["input_ids"]) < 400
     with pytest.raises(
-        ValueError, match="Only 0 of 16 word problems fit into 20 tokens, and 4 are needed. Raise task_length"
+        ValueError, match=r"Only 0 of 16 word problems fit into 20 tokens, and 4 are needed\. Raise task_length"
     ):
         problem_texts(tokenizer, count=4, length=20, seed=1)
 
