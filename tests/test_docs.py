@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_architecture import FACE, LAYERS
 
+from hf_sam.commands import main
 from hf_sam.commands.suggest_rho import STARTS
 from hf_sam.experiments.presets import read_preset
 from hf_sam.report.summary import cost_of_training
@@ -64,6 +65,22 @@ def test_what_each_way_buys_is_the_table_of_the_report():
     found = table_that_begins(COST, "| run    ")
     assert found == table_that_begins(report[report.index("## All runs") :], "| run")
     assert len(found) == 12
+
+
+@pytest.mark.parametrize("name", ["toy-cost", "toy-cost/equal-compute", "toy-interval"])
+def test_the_tables_of_each_report_are_those_of_its_numbers(name, capsys):
+    """By the command that a reader would give."""
+    folder = ROOT / "recipes" / "results" / name
+    assert main(["report", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    written = (folder / "report.md").read_text(encoding="utf-8")
+    for heading in re.findall(r"^## .*", printed, re.MULTILINE):
+        tables = [
+            re.findall(r"^\|.*", text.split(heading, 1)[1].split("\n## ")[0], re.MULTILINE)
+            for text in (printed, written)
+        ]
+        assert tables[0] == tables[1], heading
+        assert tables[0]
 
 
 def differences(summary: dict) -> list[list[str]]:
