@@ -67,7 +67,7 @@ def test_what_each_way_buys_is_the_table_of_the_report():
     assert len(found) == 12
 
 
-@pytest.mark.parametrize("name", ["toy-cost", "toy-cost/equal-compute", "toy-interval"])
+@pytest.mark.parametrize("name", ["toy-cost", "toy-cost/equal-compute", "toy-interval", "toy-controls"])
 def test_the_tables_of_each_report_are_those_of_its_numbers(name, capsys):
     """By the command that a reader would give."""
     folder = ROOT / "recipes" / "results" / name
@@ -112,10 +112,16 @@ def reductions(summary: dict) -> list[list[str]]:
     return rows
 
 
-@pytest.mark.parametrize("name", ["toy-interval"])
-def test_the_map_is_that_of_its_report_and_its_preset(name):
-    summary = json.loads((ROOT / "recipes" / "results" / name / "summary.json").read_text(encoding="utf-8"))
-    preset = read_preset(name)["anneal"]["runs"]
+def test_the_controls_are_those_of_their_report():
+    summary = json.loads((ROOT / "recipes" / "results" / "toy-controls" / "summary.json").read_text(encoding="utf-8"))
+    rows = table_that_begins(COST, "| in these steps | run")[1:]
+    assert [row[1].strip("`") for row in rows] == list(summary["runs"])[1:]
+    assert [row[2:] for row in rows] == [row[1:] for row in reductions(summary)]
+
+
+def test_the_map_is_that_of_its_report_and_its_preset():
+    summary = json.loads((ROOT / "recipes" / "results" / "toy-interval" / "summary.json").read_text(encoding="utf-8"))
+    preset = read_preset("toy-interval")["anneal"]["runs"]
     assert list(preset) == list(summary["runs"])
     rows = table_that_begins(COST, "| every | `sam_rho`")[1:]
     assert [row[3:] for row in rows] == reductions(summary)
