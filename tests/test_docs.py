@@ -95,8 +95,8 @@ def differences(summary: dict) -> list[list[str]]:
 
 
 def test_where_runs_end_against_equal_compute_is_that_of_its_report():
-    text = (ROOT / "recipes" / "results" / "toy-cost" / "equal-compute" / "summary.json").read_text(encoding="utf-8")
-    assert table_that_begins(COST, "| against `adamw-equal-compute`")[1:] == differences(json.loads(text))
+    found = differences(numbers_of("toy-cost/equal-compute"))
+    assert table_that_begins(COST, "| against `adamw-equal-compute`")[1:] == found
 
 
 def reductions(summary: dict) -> list[list[str]]:
@@ -112,15 +112,35 @@ def reductions(summary: dict) -> list[list[str]]:
     return rows
 
 
+def numbers_of(name: str) -> dict:
+    return json.loads((ROOT / "recipes" / "results" / name / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_the_figures_of_the_readme_are_those_of_the_reports():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    run = numbers_of("toy-cost")["runs"]["momentum-noise"]
+    for reduction, what in (
+        (run["fine-tuned"]["reduction"], "forgets {value:.0f}% less [{low:.0f}, {high:.0f}]"),
+        (run["quantized"]["nf4"]["reduction"], "loses {value:.0f}% less [{low:.0f}, {high:.0f}] to 4 bits"),
+    ):
+        assert what.format(**reduction) in readme
+    run = numbers_of("toy-cost/equal-compute")["runs"]["momentum-noise"]
+    ends = negative(run["fine-tuned and quantized"]["nf4"]["loss difference"])
+    assert "lower by {value:.3f} nats [{low:.3f}, {high:.3f}] than that of AdamW".format(**ends) in readme
+    assert (
+        "as a base in NF4, it is higher by {value:.3f}".format(**run["quantized"]["nf4"]["loss difference"]) in readme
+    )
+
+
 def test_the_controls_are_those_of_their_report():
-    summary = json.loads((ROOT / "recipes" / "results" / "toy-controls" / "summary.json").read_text(encoding="utf-8"))
+    summary = numbers_of("toy-controls")
     rows = table_that_begins(COST, "| in these steps | run")[1:]
     assert [row[1].strip("`") for row in rows] == list(summary["runs"])[1:]
     assert [row[2:] for row in rows] == [row[1:] for row in reductions(summary)]
 
 
 def test_the_map_is_that_of_its_report_and_its_preset():
-    summary = json.loads((ROOT / "recipes" / "results" / "toy-interval" / "summary.json").read_text(encoding="utf-8"))
+    summary = numbers_of("toy-interval")
     preset = read_preset("toy-interval")["anneal"]["runs"]
     assert list(preset) == list(summary["runs"])
     rows = table_that_begins(COST, "| every | `sam_rho`")[1:]
