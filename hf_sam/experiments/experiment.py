@@ -192,7 +192,9 @@ class Experiment:
             )
         name, step = found[1], int(found[2]) if found[2] else None
         if name not in pretraining:
-            raise ValueError(f"from: {place!r} is no run of pretrain, which has {', '.join(pretraining) or 'none'}.")
+            raise ValueError(
+                f"from: {str(place)!r} is no run of pretrain, which has {', '.join(pretraining) or 'none'}."
+            )
         every = self.settings("pretrain", self.runs("pretrain")[name]).get("save_steps")
         if step is not None and isinstance(every, int) and step % every:
             raise ValueError(f"from: {place!r} will not be saved, because save_steps is {every}.")

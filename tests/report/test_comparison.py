@@ -187,7 +187,7 @@ def test_folders_without_results(tmp_path, capsys):
 def test_a_picture_of_what_reductions_cost():
     def trained(name, passes, **settings):
         made = record(name, **settings)
-        made["models"][0]["training"] = {"own_steps": 10, "sam_steps": 5, "passes": passes}
+        made["models"][0]["training"] = {"steps": 10, "own_steps": 10, "sam_steps": 5, "passes": passes}
         return Results(made)
 
     less = {"runs": ((2.0, 0.1), (1.5, 0.25), (1.0, 0.5)), "damage": 0.03}
