@@ -67,7 +67,7 @@ def test_what_each_way_buys_is_the_table_of_the_report():
     assert len(found) == 12
 
 
-@pytest.mark.parametrize("name", ["toy-cost", "toy-cost/equal-compute", "toy-interval", "toy-controls"])
+@pytest.mark.parametrize("name", ["toy", "toy-cost", "toy-cost/equal-compute", "toy-interval", "toy-controls"])
 def test_the_tables_of_each_report_are_those_of_its_numbers(name, capsys):
     """By the command that a reader would give."""
     folder = ROOT / "recipes" / "results" / name
