@@ -147,6 +147,7 @@ class Bench:
                 per_device_train_batch_size=self.arguments.batch_size,
                 gradient_accumulation_steps=self.setting.accumulation,
                 bf16=self.setting.precision == "bf16",
+                use_cpu=not torch.accelerator.is_available(),
                 logging_steps=10**6,
                 save_strategy="no",
                 report_to="none",
