@@ -4,6 +4,8 @@ import copy
 
 import torch
 
+from ..runtime.sharding import gathered
+
 # What the standard deviation of the noise may be in proportion to; see [`layer_scales`].
 RELATIVE_TO = ("initialization", "weights", "inverse_norm")
 
@@ -50,7 +52,7 @@ def layer_scales(
 
 def _number(value: torch.Tensor) -> float:
     """A number, which FSDP2 may hold as a sum over ranks."""
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).item()
+    return gathered(value).item()
 
 
 def _fresh(model: torch.nn.Module, seed: int) -> torch.nn.Module:

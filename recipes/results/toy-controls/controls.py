@@ -6,6 +6,7 @@ The pretraining and two runs are those of `recipes/reproduce.py --preset toy-int
 repeated in its --output_dir, which is the default. The report, in evaluation/comparison, replaces that of the preset.
 """
 
+import abc
 import argparse
 import os
 import sys
@@ -79,9 +80,9 @@ class SecondMomentControl(SAM):
                 found = torch.lerp(self._squared.pop(param), self._before.pop(param), group["betas"][1])
                 optimizer.state[param]["exp_avg_sq"].copy_(found)
 
+    @abc.abstractmethod
     def choose(self, gradient: torch.Tensor, ascent: torch.Tensor) -> torch.Tensor:
         """The gradient that the second moment is made of. May change that of the step, `gradient`, in place."""
-        raise NotImplementedError
 
 
 class NotInSecondMoment(SecondMomentControl):
