@@ -4,8 +4,9 @@ import torch
 
 from ..runtime.fingerprint import seed_of
 
-# Random numbers are drawn in blocks of this many elements; a shard draws the blocks that it touches.
-_BLOCK = 1 << 16
+# Sizes of the blocks in which random numbers are drawn. A shard draws all blocks that it touches, so blocks are small
+# where small parameters end, and large where many would cost an accelerator too many kernels.
+_SMALLEST, _LARGEST = 1 << 14, 1 << 22
 # Four numbers of 16 bits from each draw of 64 bits: half the time of one draw each.
 _LEVELS = 1 << 16
 
@@ -24,10 +25,21 @@ def uniform_noise(key: str, first: int, count: int, device: torch.device) -> tor
     """
     generator = torch.Generator(device=device)
     result = torch.empty(count, dtype=torch.float32, device=device)
-    for block in range(first // _BLOCK, -(-(first + count) // _BLOCK)):
+    position, end = first, first + count
+    while position < end:
+        block, size = _block(position)
         generator.manual_seed(seed_of(f"{key} {block}"))
-        bits = torch.empty(_BLOCK // 4, dtype=torch.int64, device=device)
+        bits = torch.empty(size // 4, dtype=torch.int64, device=device)
         bits.random_(-(2**63), None, generator=generator)
-        start, end = max(first, block * _BLOCK), min(first + count, (block + 1) * _BLOCK)
-        result[start - first : end - first] = bits.view(torch.int16)[start - block * _BLOCK : end - block * _BLOCK]
+        upto = min(end, block + size)
+        result[position - first : upto - first] = bits.view(torch.int16)[position - block : upto - block]
+        position = upto
     return result.add_(0.5).mul_(12**0.5 / _LEVELS)
+
+
+def _block(position: int) -> tuple[int, int]:
+    """First position and size of the block with this position: two blocks from each power of two to the next."""
+    if position < _SMALLEST:
+        return 0, _SMALLEST
+    size = min(1 << (position.bit_length() - 2), _LARGEST)
+    return position // size * size, size

@@ -5,6 +5,7 @@ e = rho * d / ||n|| computed in fp32; the [`~hf_sam.step.variants.Variant`] defi
 as pairs of real weights. Nothing here waits for the device: a non-finite gradient is masked to e = 0, not branched on.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -102,7 +103,16 @@ class Perturbation:
 @torch.no_grad()
 def squared_norms(fragments: list[Fragment], variant: Variant, key: str = "") -> list[torch.Tensor]:
     """||n||^2 of each fragment, at least fp32, each of shape `()`; `key` seeds random numbers of the variant."""
-    return [_sum([variant.squared_norm(piece) for piece in fragment.pieces(key)]) for fragment in fragments]
+    plain = {i: list(fragment.pieces(key)) for i, fragment in enumerate(fragments) if fragment.is_plain_fp32}
+    norms = iter(variant.norms(list(itertools.chain(*plain.values()))) if plain else ())
+
+    def norms_of(i: int, fragment: Fragment) -> Iterator[torch.Tensor]:
+        if i in plain:
+            return itertools.islice(norms, len(plain[i]))
+        # Its pieces are copies, which must not all be in memory at once.
+        return (variant.norms([piece])[0] for piece in fragment.pieces(key))
+
+    return [_sum([norm.square() for norm in norms_of(i, fragment)]) for i, fragment in enumerate(fragments)]
 
 
 def radius_of(rho: float, loss_rise: float, norm: torch.Tensor) -> torch.Tensor:
@@ -170,26 +180,34 @@ def _perturb_fp32(fragments, variant, scale, finite, key, relative_noise) -> lis
     """Perturb all-fp32 fragments with a few fused kernels; e overwrites the gradients. Returns e of each fragment."""
     pieces = [fragment.whole(key) for fragment in fragments]
     for device in {fragment.device for fragment in fragments}:
-        here = [piece for piece in pieces if piece.stored.device == device]
-        _to_perturbation(here, variant, scale.to(device), ~finite.to(device), relative_noise)
+        here = [piece for piece in pieces if piece.device == device]
+        _to_perturbation(here, variant, scale.to(device), finite.to(device), relative_noise)
         torch._foreach_add_([piece.stored for piece in here], [piece.gradient for piece in here])
     return [piece.gradient for piece in pieces]
 
 
-def _to_perturbation(pieces: list[Piece], variant, scale, blocked, relative_noise: float) -> None:
-    """Replace the gradient of each piece by e; by 0 if `blocked`."""
+def _to_perturbation(pieces: list[Piece], variant: Variant, scale, finite, relative_noise: float) -> None:
+    """Make the gradient of each piece e; 0 unless `finite`."""
     variant.to_direction(pieces)
     if directions := [piece.gradient for piece in pieces if piece.gradient is not None]:
-        torch._foreach_mul_(directions, scale)
-    for piece in pieces:
-        # Of a complex weight, both parts move, each by its share.
-        size = relative_noise / 2**0.5 if piece.pairs else relative_noise
-        if piece.gradient is None:
-            piece.gradient = piece.noise().to(piece.dtype).mul_(piece.magnitude).mul_(size)
-        elif relative_noise:
-            piece.gradient.addcmul_(piece.magnitude, piece.noise(), value=size)
-        # 0 * inf is NaN, so a zero scale alone would not cancel a non-finite gradient.
-        piece.gradient.masked_fill_(blocked, 0.0)
+        scale = scale * variant.sign
+        if variant.passes == 2:
+            # The scale is 0 if any number is not finite, but 0 * inf is NaN.
+            for direction in directions:
+                direction.nan_to_num_(0.0, 0.0, 0.0)
+            torch._foreach_mul_(directions, scale)
+        else:
+            for piece, ascent in zip(pieces, torch._foreach_mul(directions, scale), strict=True):
+                piece.gradient = ascent
+    if relative_noise:
+        size = torch.where(finite, relative_noise, 0.0)
+        for piece in pieces:
+            # Of a complex weight, both parts move, each by its share.
+            noise = piece.noise().to(piece.dtype).mul_(size / 2**0.5 if piece.pairs else size)
+            if piece.gradient is None:
+                piece.gradient = noise.mul_(piece.magnitude)
+            else:
+                piece.gradient.addcmul_(piece.magnitude, noise)
 
 
 def _perturb_mixed(fragment, variant, scale, finite, noise, measure, key, relative_noise):
@@ -199,10 +217,10 @@ def _perturb_mixed(fragment, variant, scale, finite, noise, measure, key, relati
     # rounding to nearest would remove e.
     dither = is_low_precision(fragment.master.dtype)
     device = fragment.device
-    scale, blocked = scale.to(device), ~finite.to(device)
+    scale, finite = scale.to(device), finite.to(device)
     generator = noise(fragment) if dither else None
     for piece in fragment.pieces(key):
-        _to_perturbation([piece], variant, scale, blocked, relative_noise)
+        _to_perturbation([piece], variant, scale, finite, relative_noise)
         weight, ascent = piece.stored, piece.gradient
         target = piece.weight + ascent
         # Round before the transfer: with offloaded masters, this halves the bytes.

@@ -55,9 +55,9 @@ def stochastic_round(
 def chunks(*tensors: torch.Tensor):
     """Split tensors of equal shape into matching flat chunks, so that fp32 scratch copies stay small.
 
-    Chunks are views. If a tensor is not contiguous, the whole tensors are the only chunk.
+    Chunks are views. If the tensors are small, or one is not contiguous, they are the only chunk as they are.
     """
-    if all(tensor.is_contiguous() for tensor in tensors):
+    if tensors[0].numel() > _CHUNK_ELEMENTS and all(tensor.is_contiguous() for tensor in tensors):
         yield from zip(*(tensor.view(-1).split(_CHUNK_ELEMENTS) for tensor in tensors), strict=True)
     else:
         yield tensors

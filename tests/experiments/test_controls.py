@@ -1,6 +1,7 @@
 """The controls beside the results that they explain: what each changes in a step."""
 
 import importlib.util
+import random
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def controls(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["controls.py"])
     spec.loader.exec_module(module)
     known = dict(VARIANTS)
-    for variant in (module.RandomDirection, module.NotInSecondMoment, module.OnlyInSecondMoment):
+    for variant in module.VARIANTS:
         register(variant)
     yield module
     for hooks in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks):
@@ -105,4 +106,22 @@ def test_each_control_differs_from_sparse_sam_in_one_setting(controls):
         "only-in-second-moment": ["sam_variant"],
         "random-direction": ["sam_variant"],
         "random-direction-far": ["sam_rho", "sam_variant"],
+        "random-steps": ["sam_interval", "sam_variant"],
+        "largest-gradients": ["sam_interval", "sam_variant"],
     }
+
+
+def test_steps_are_chosen_at_random_or_by_the_norm_of_the_gradient(controls):
+    at_random, largest, draw = controls.RandomSteps(), controls.LargestGradients(), random.Random(0)
+    assert 50 < sum(at_random.chosen(1.0) for _ in range(1000)) < 150
+    assert 50 < sum(largest.chosen(draw.random()) for _ in range(1000)) < 150
+    assert largest.chosen(1.0)
+    assert not largest.chosen(0.5)
+
+
+def test_steps_that_are_not_chosen_are_plain(controls, monkeypatch):
+    plain, sam = trained(None), trained("sam")
+    for act, expected in ((False, plain), (True, sam)):
+        monkeypatch.setattr(controls.RandomSteps, "chosen", lambda self, norm, act=act: act)
+        for some, others in zip(trained("random-steps"), expected, strict=True):
+            assert_same(some, others)

@@ -80,8 +80,8 @@ class SignSAM(Variant):
     def __init__(self):
         self.turned = 0
 
-    def squared_norm(self, piece):
-        return piece.gradient.sign().square().sum()
+    def norms(self, pieces):
+        return [piece.gradient.sign().norm() for piece in pieces]
 
     def to_direction(self, pieces):
         self.turned += 1

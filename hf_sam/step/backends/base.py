@@ -204,7 +204,7 @@ class Backend(abc.ABC):
             [`~hf_sam.step.perturbation.Perturbation`]: norm and checks, as tensors on the device.
         """
         variant = self.variant if rho > 0 else Still()
-        fragments = self._fragments(variant, noise > 0)
+        fragments = self._fragments(variant, noise > 0) if rho > 0 or noise > 0 else []
         key = f"hf-sam perturbation {self.seed} {step}"
         norm = torch.zeros((), device=self.accelerator.device)
         if rho > 0:

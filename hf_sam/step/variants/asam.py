@@ -12,8 +12,8 @@ class ASAM(Variant):
     equation = "e = rho * |w|^2 g / || |w| g ||"
     source = "arXiv 2102.11600, eq. 8"
 
-    def squared_norm(self, piece):
-        return torch.linalg.vector_norm(piece.magnitude * piece.gradient).square()
+    def norms(self, pieces):
+        return [torch.linalg.vector_norm(piece.magnitude * piece.gradient) for piece in pieces]
 
     def to_direction(self, pieces):
         gradients, magnitudes = [p.gradient for p in pieces], [p.magnitude for p in pieces]

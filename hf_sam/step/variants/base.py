@@ -27,7 +27,7 @@ class Piece:
         stored (`torch.Tensor`, *optional*): the weights that are perturbed, of the same shape.
 
     Attributes:
-        gradient (`torch.Tensor` or `None`): g; [`Variant.to_direction`] overwrites it with d, or puts d in its place.
+        gradient (`torch.Tensor` or `None`): g; [`Variant.to_direction`] overwrites it with d.
         device (`torch.device`): where e is computed.
     """
 
@@ -90,6 +90,7 @@ class Variant(abc.ABC):
         passes (`int`): number of passes over each micro-batch: 2, the ascent and the descent pass, or 1, if e does not
             depend on an ascent gradient.
         moments (`tuple[str, ...]`): moments of the optimizer that e depends on: `"first"`, `"second"`.
+        sign (`float`): factor of d; -1 if e points against it.
     """
 
     name: ClassVar[str]
@@ -97,14 +98,18 @@ class Variant(abc.ABC):
     source: ClassVar[str]
     passes: ClassVar[int] = 2
     moments: ClassVar[tuple[str, ...]] = ()
+    sign: ClassVar[float] = 1.0
 
     @abc.abstractmethod
-    def squared_norm(self, piece: Piece) -> torch.Tensor:
-        """||n||^2 of a piece, shape `()`."""
+    def norms(self, pieces: list[Piece]) -> list[torch.Tensor]:
+        """||n|| of each piece, each of shape `()`, without waiting for the device."""
 
     @abc.abstractmethod
     def to_direction(self, pieces: list[Piece]) -> None:
-        """Replace the gradient of each piece by d, in place or by a new tensor, without waiting for the device."""
+        """Make the gradient of each piece d, in place and without waiting for the device.
+
+        With one pass there is no gradient. Then assign d, which is not modified afterwards and so may be a moment.
+        """
 
     def state_dict(self) -> dict:
         """The state that a resumed run needs; part of [`SAMStep.state_dict`]."""

@@ -16,11 +16,11 @@ class Momentum(Variant):
     source = "arXiv 2401.12033, algorithm 1"
     passes = 1
     moments = ("first",)
+    sign = -1.0
 
-    def squared_norm(self, piece):
-        return torch.linalg.vector_norm(piece.moment("first")).square()
+    def norms(self, pieces):
+        return torch._foreach_norm([piece.moment("first") for piece in pieces])
 
     def to_direction(self, pieces):
-        directions = torch._foreach_neg([piece.moment("first") for piece in pieces])
-        for piece, direction in zip(pieces, directions, strict=True):
-            piece.gradient = direction
+        for piece in pieces:
+            piece.gradient = piece.moment("first")

@@ -12,8 +12,8 @@ class SAM(Variant):
     equation = "e = rho * g / ||g||"
     source = "arXiv 2010.01412, eq. 2"
 
-    def squared_norm(self, piece):
-        return torch.linalg.vector_norm(piece.gradient).square()
+    def norms(self, pieces):
+        return torch._foreach_norm([piece.gradient for piece in pieces])
 
     def to_direction(self, pieces):
         pass  # d = g

@@ -13,8 +13,8 @@ class Still(Variant):
     source = ""
     passes = 1
 
-    def squared_norm(self, piece):
-        return torch.zeros((), device=piece.device)
+    def norms(self, pieces):
+        return [torch.zeros((), device=piece.device) for piece in pieces]
 
     def to_direction(self, pieces):
         pass  # without a gradient, d = 0

@@ -9,7 +9,9 @@ repeated in its --output_dir, which is the default. The report, in evaluation/co
 import abc
 import argparse
 import os
+import random
 import sys
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -31,8 +33,8 @@ class RandomDirection(Variant):
     source = "control"
     passes = 1
 
-    def squared_norm(self, piece):
-        return piece.noise().square().sum()
+    def norms(self, pieces):
+        return [piece.noise().norm() for piece in pieces]
 
     def to_direction(self, pieces):
         for piece in pieces:
@@ -105,6 +107,51 @@ class OnlyInSecondMoment(SecondMomentControl):
         return perturbed
 
 
+class ChosenSteps(SAM):
+    """SAM in a tenth of the steps, chosen step by step. The other steps have an ascent pass that changes nothing."""
+
+    source = "control"
+
+    def to_direction(self, pieces):
+        if not self.chosen(torch.stack(self.norms(pieces)).norm().item()):
+            for piece in pieces:
+                piece.gradient.zero_()
+
+    @abc.abstractmethod
+    def chosen(self, norm: float) -> bool:
+        """Whether SAM acts in a step whose ascent gradient has this norm."""
+
+
+class RandomSteps(ChosenSteps):
+    """A tenth of the steps, at random."""
+
+    name = "random-steps"
+
+    def __init__(self):
+        self._random = random.Random(0)
+
+    def chosen(self, norm):
+        return self._random.random() < 0.1
+
+
+class LargestGradients(ChosenSteps):
+    """Steps whose gradient is longer than that of nine tenths of the hundred before; cf. AE-SAM (Jiang et al. 2023)."""
+
+    name = "largest-gradients"
+
+    def __init__(self):
+        self._norms: deque[float] = deque(maxlen=100)
+
+    def chosen(self, norm):
+        shorter = sum(norm > other for other in self._norms)
+        among = len(self._norms)
+        self._norms.append(norm)
+        return among >= 10 and shorter > 0.9 * among
+
+
+VARIANTS = (RandomDirection, NotInSecondMoment, OnlyInSecondMoment, RandomSteps, LargestGradients)
+
+
 def main(argv: list[str]) -> int:
     """Run all stages that are not finished, or one of them; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -112,7 +159,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--stage")
     given = parser.parse_args(argv)
-    for variant in (RandomDirection, NotInSecondMoment, OnlyInSecondMoment):
+    for variant in VARIANTS:
         register(variant)
     output = Path(given.output_dir)
     preset = {**read_preset(str(Path(__file__).with_name("controls.yaml"))), "seeds": given.seeds}
