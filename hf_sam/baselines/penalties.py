@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Trainer, TrainingArguments
 
+from ..runtime.distributed import all_reduce_max
 from ..runtime.sharding import check_gradients_accessible, is_sharded, local_shard, shard_like
 from ..step.parameters import plain_name
 from ..trainer import SAMMixin, check_in_front, once_per_step
@@ -80,11 +81,11 @@ class _Penalty:
     def __init__(self, model: torch.nn.Module, strength: float, importance: dict[str, torch.Tensor] | None):
         self.strength = strength
         trainable = {plain_name(name): param for name, param in model.named_parameters() if param.requires_grad}
-        meta = [name for name, param in trainable.items() if param.is_meta]
-        if meta:
+        # On some ranks only, but all must fail: the others would wait for them.
+        if all_reduce_max(sum(param.is_meta for param in trainable.values())):
             raise ValueError(
-                f"{meta[0]!r} is on the meta device, so the penalty cannot copy its initial value. Load the whole "
-                "model on each process (fsdp_config: cpu_ram_efficient_loading false)."
+                "A penalty copies the initial weights, but some processes have none yet (they are on the meta device). "
+                "Load the whole model on each process (fsdp_config: cpu_ram_efficient_loading false)."
             )
         if importance is not None:
             for name, param in trainable.items():

@@ -109,7 +109,9 @@ def _blocks(model) -> list[torch.nn.Module]:
     return list(max(lists, key=len)) if lists else []
 
 
-def memory(size: ModelSize, strategy: str, devices: int, batch: int, length: int, *, sam: bool) -> dict[str, int]:
+def memory(
+    size: ModelSize, strategy: str, devices: int, batch: int, length: int, *, sam: bool, average: bool = False
+) -> dict[str, int]:
     """Peak memory of a step on each device, in bytes, by category.
 
     Weights are in fp32, under ZeRO in bf16 with fp32 masters; AdamW has two fp32 moments. DDP has a second copy of the
@@ -123,9 +125,10 @@ def memory(size: ModelSize, strategy: str, devices: int, batch: int, length: int
         batch (`int`): sequences per micro-batch.
         length (`int`): tokens per sequence.
         sam (`bool`): whether steps run two passes.
+        average (`bool`): whether a moving average of the trained weights is kept in fp32. Not under ZeRO.
 
     Returns:
-        `dict[str, int]`: bytes of `weights`, `gradients`, `optimizer`, `sam`, `activations` and `logits`.
+        `dict[str, int]`: bytes of `weights`, `gradients`, `optimizer`, `average`, `sam`, `activations` and `logits`.
     """
     whole, trained = size.parameters, size.trainable
     gathered = 2 * 2 * size.largest_unit if devices > 1 else 0  # one unit in use, the next one prefetched, in bf16
@@ -145,6 +148,7 @@ def memory(size: ModelSize, strategy: str, devices: int, batch: int, length: int
         "weights": math.ceil(weights),
         "gradients": math.ceil(gradients),
         "optimizer": math.ceil(optimizer),
+        "average": math.ceil(4 * trained / (devices if strategy == "fsdp2" else 1)) if average else 0,
         "sam": math.ceil(copy) if sam else 0,
         "activations": size.activations if strategy == "ddp" else size.activations_16,
         # The fp32 gradient of the logits, in addition to the saved logits.
@@ -173,6 +177,7 @@ class Plan:
         size ([`ModelSize`]): sizes of the model.
         batch (`int`): sequences per micro-batch.
         devices (`int`): number of devices.
+        average (`bool`): whether a moving average of the weights is kept, which excludes ZeRO.
     """
 
     tokens: int
@@ -183,6 +188,7 @@ class Plan:
     size: ModelSize
     batch: int
     devices: int
+    average: bool = False
 
     def hours(self, device: str, sam: bool) -> float:
         """Duration in hours, at `UTILIZATION` of the peak FLOP/s of all devices."""
@@ -204,12 +210,15 @@ class Plan:
         ]
         rows = []
         for strategy in STRATEGIES:
-            with_sam = memory(size, strategy, self.devices, self.batch, self.length, sam=True)
-            states = with_sam["weights"] + with_sam["gradients"] + with_sam["optimizer"]
+            if self.average and strategy.startswith("zero"):
+                continue
+            with_sam = memory(size, strategy, self.devices, self.batch, self.length, sam=True, average=self.average)
+            states = sum(with_sam[part] for part in ("weights", "gradients", "optimizer", "average"))
             rest = with_sam["activations"] + with_sam["logits"]
             cells = [states, rest, with_sam["sam"], states + rest, states + rest + with_sam["sam"]]
             rows.append([strategy, *(f"{cell / 2**30:.2f}" for cell in cells)])
-        header = ["strategy", "weights, gradients, optimizer", "activations", "copy for SAM", "plain", "with SAM"]
+        states = "weights, gradients, optimizer" + (", average" if self.average else "")
+        header = ["strategy", states, "activations", "copy for SAM", "plain", "with SAM"]
         lines += [markdown_table(header, rows), "", f"Time at {UTILIZATION:.0%} of the peak in bf16:", ""]
         rows = [
             [f"{self.devices} x {device}", *(duration(self.hours(device, sam)) for sam in (False, True))]

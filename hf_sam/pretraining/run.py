@@ -103,6 +103,7 @@ def plan(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         size=size,
         batch=args.per_device_train_batch_size,
         devices=devices,
+        average=args.ema_decay is not None,
     )
 
 

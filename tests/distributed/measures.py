@@ -10,6 +10,7 @@ from toy_evaluation import held_out, moved, sharp_olmo2
 
 from hf_sam import SAMTrainer
 from hf_sam.baselines import L2Arguments, L2Mixin, estimate_fisher
+from hf_sam.baselines.penalties import _Penalty
 from hf_sam.instruments import (
     ForgettingCallback,
     HeldOutData,
@@ -24,7 +25,7 @@ from hf_sam.instruments import (
     representation_similarity,
     sam_sharpness,
 )
-from hf_sam.runtime.distributed import rank_and_world
+from hf_sam.runtime.distributed import all_reduce_sum, rank_and_world
 
 # Noise can be added to these; the weights of ZeRO-3 are out of reach.
 NOISY = ("single", "ddp", "fsdp2")
@@ -119,9 +120,18 @@ def instruments(strategy: str, output_dir: Path) -> None:
         "similar alone": representation_similarity(model, other, data, rank=3, batch_size=100).cka,
         "fisher": estimate_fisher(olmo2(), held_out(3))["lm_head.weight"],
     }
+    rank, world = rank_and_world()
+    # The last rank has not loaded its weights: all must say so, or the others would wait for it.
+    unloaded = torch.nn.Linear(2, 2, device="meta" if rank == world - 1 else "cpu")
+    try:
+        _Penalty(unloaded, 1.0, None)
+        refused = 0
+    except ValueError:
+        refused = 1
+    results["refused"] = int(all_reduce_sum(torch.tensor(refused)))
     unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    if rank_and_world()[0] == 0:
-        torch.save({**results, "unchanged": unchanged, "world": rank_and_world()[1]}, output_dir / "instruments.pt")
+    if rank == 0:
+        torch.save({**results, "unchanged": unchanged, "world": world}, output_dir / "instruments.pt")
 
 
 ALL = (measured, penalized, instruments)

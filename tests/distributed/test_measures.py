@@ -55,6 +55,11 @@ def test_penalties_are_refused_where_gradients_are_out_of_reach(results, strateg
     assert "DeepSpeed" in results(strategy, "penalized")["refusal"]
 
 
+def test_a_penalty_is_refused_on_all_ranks_if_one_has_no_weights(results):
+    assert results("single", "instruments")["refused"] == 1
+    assert results("ddp", "instruments")["refused"] == WORLD_SIZE
+
+
 def test_instruments_do_not_depend_on_the_number_of_processes(results):
     alone, shared = results("single", "instruments"), results("ddp", "instruments")
     assert (alone["world"], shared["world"]) == (1, WORLD_SIZE)

@@ -95,3 +95,15 @@ def test_a_plan_tells_tokens_steps_memory_and_time():
     assert "100 optimizer steps of 8 x 16 tokens, on 4 devices with micro-batches of 2" in text
     assert "with SAM (1.5 x)" in text
     assert "less than a minute" in text
+
+
+def test_a_moving_average_takes_the_memory_of_the_weights_where_it_works():
+    size = measure_model(wider, 2, 16)
+    for strategy, kept in (("ddp", 4 * size.parameters), ("fsdp2", size.parameters)):
+        parts = [memory(size, strategy, 4, 2, 16, sam=True, average=average) for average in (True, False)]
+        assert parts[0].pop("average") == pytest.approx(kept, abs=4)
+        assert parts[1].pop("average") == 0
+        assert parts[0] == parts[1]
+    plan = Plan(12_800, 100, 8, 16, passes=1, size=size, batch=2, devices=4, average=True)
+    assert "optimizer, average" in plan.text()
+    assert "zero" not in plan.text()
