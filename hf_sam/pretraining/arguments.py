@@ -207,6 +207,9 @@ class DataArguments:
             Split of all datasets; `train` when omitted.
         text_column (`str`, *optional*, defaults to `"text"`):
             Name of the text column.
+        mask_repetitive_rows (`bool`, *optional*, defaults to `False`):
+            Leave out of the loss rows in which a pattern of at most 13 tokens stands 32 times in a row
+            (arXiv 2501.00656).
         streaming (`bool`, *optional*, defaults to `False`):
             Read and tokenize during training. Otherwise all data is tokenized first and cached by `datasets`.
         preprocessing_num_workers (`int`, *optional*, defaults to 1):
@@ -223,6 +226,9 @@ class DataArguments:
     )
     dataset_split: str | None = field(default=None, metadata={"help": "Split of the datasets; default: train."})
     text_column: str = field(default="text", metadata={"help": "Name of the text column."})
+    mask_repetitive_rows: bool = field(
+        default=False, metadata={"help": "Leave rows that repeat a short pattern 32 times out of the loss."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read and tokenize during training instead of before it."})
     preprocessing_num_workers: int = field(
         default=1, metadata={"help": "Number of tokenization processes (threads when streaming)."}

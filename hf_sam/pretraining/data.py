@@ -91,7 +91,12 @@ def training_data(
     weights = data.dataset_weights or [1.0] * len(sources)
     mixture = Mixture(weights, data.block_rows, args.seed)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    common = {"length": args.sequence_length, "padding": padding, "document_mask": args.document_mask}
+    common = {
+        "length": args.sequence_length,
+        "padding": padding,
+        "document_mask": args.document_mask,
+        "mask_repetitive": data.mask_repetitive_rows,
+    }
     passes = int(args.num_train_epochs)
     if data.streaming:
         _check_bound(sources, mixture, (first_row + rows) * args.sequence_length, passes)

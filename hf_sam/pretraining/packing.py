@@ -12,9 +12,17 @@ from torch.utils.data import Dataset
 
 from ..runtime.labels import IGNORE_INDEX
 from .documents import TextSource, check_text, token_ids
+from .repetition import is_repetitive
 
 
-def make_row(tokens: np.ndarray, starts: np.ndarray, length: int, padding: int, document_mask: bool) -> dict:
+def make_row(
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    length: int,
+    padding: int,
+    document_mask: bool,
+    mask_repetitive: bool = False,
+) -> dict:
     """Make the model inputs of a row.
 
     Args:
@@ -24,6 +32,7 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, length: int, padding: int, 
         padding (`int`): padding token; it is not predicted.
         document_mask (`bool`): mask attention between documents. Position ids then restart at each document, which is
             how transformers detects packed documents, and the first token of a document is not predicted.
+        mask_repetitive (`bool`): predict no token of a row that [`is_repetitive`].
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `labels` and, with `document_mask`, `position_ids`, all of shape
@@ -32,7 +41,8 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, length: int, padding: int, 
     ids = np.full(length, padding, dtype=np.int64)
     ids[: len(tokens)] = tokens
     labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
-    labels[: len(tokens)] = tokens
+    if not (mask_repetitive and is_repetitive(tokens)):
+        labels[: len(tokens)] = tokens
     row = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     if document_mask:
         begins = np.zeros(length, dtype=bool)
@@ -85,12 +95,15 @@ class PackedRows(Dataset):
         documents (`datasets.Dataset`): result of [`tokenized`].
         length (`int`): tokens per row.
         padding (`int`): padding token of the last row.
-        document_mask (`bool`): see [`make_row`].
+        document_mask, mask_repetitive (`bool`): see [`make_row`].
     """
 
-    def __init__(self, documents, length: int, padding: int, document_mask: bool = False):
+    def __init__(
+        self, documents, length: int, padding: int, document_mask: bool = False, mask_repetitive: bool = False
+    ):
         self._documents = documents
-        self.length, self._padding, self._document_mask = length, padding, document_mask
+        self.length, self._padding = length, padding
+        self._masks = document_mask, mask_repetitive
         self._open()
 
     def _open(self):
@@ -130,7 +143,7 @@ class PackedRows(Dataset):
             starts.append(self._starts(piece, part))
             begin = first + part.stop
             piece += 1
-        return make_row(np.concatenate(tokens), np.concatenate(starts), self.length, self._padding, self._document_mask)
+        return make_row(np.concatenate(tokens), np.concatenate(starts), self.length, self._padding, *self._masks)
 
     def _starts(self, piece: int, part: slice) -> np.ndarray:
         offsets = self._offsets[piece]

@@ -22,7 +22,7 @@ class PackedStream(IterableDataset):
         mixture ([`Mixture`]): the mixture of the sources, and the size of blocks.
         length (`int`): tokens per row.
         rows (`int`): end of the stream, in rows from the beginning of the data.
-        padding, document_mask: see [`make_row`](~hf_sam.pretraining.packing.make_row).
+        padding, document_mask, mask_repetitive: see [`make_row`](~hf_sam.pretraining.packing.make_row).
     """
 
     def __init__(
@@ -34,10 +34,11 @@ class PackedStream(IterableDataset):
         rows: int,
         padding: int = 0,
         document_mask: bool = False,
+        mask_repetitive: bool = False,
     ):
         super().__init__()
         self._streams, self._mixture, self.length, self.rows = streams, mixture, length, rows
-        self._padding, self._document_mask = padding, document_mask
+        self._padding, self._masks = padding, (document_mask, mask_repetitive)
         self._skip = 0
         self._begin({"row": 0, "block": 0, "sources": [stream.state() for stream in streams]})
 
@@ -67,7 +68,7 @@ class PackedStream(IterableDataset):
                 ahead = background.submit(self._read)
                 skip, self._skip = self._skip, 0
                 for tokens, starts in block[skip : self.rows - first]:
-                    yield make_row(tokens, starts, self.length, self._padding, self._document_mask)
+                    yield make_row(tokens, starts, self.length, self._padding, *self._masks)
 
     def _read(self) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]] | None:
         """Read the next block; returns the number of its first row and its rows, or None at the end.
