@@ -141,7 +141,7 @@ def test_presets(file, devices, tmp_path):
         kind = stage.name.split("/")[0]
         if kind in ("pretrain", "anneal"):
             late = {}
-            if kind == "anneal" and experiment.runs("pretrain"):
+            if kind == "anneal" and experiment.source(experiment.runs("anneal")[stage.name.split("/")[1]]):
                 late["anneal_from"] = str(checkpoint)
             path.write_text(yaml.safe_dump({**stage.settings, **late}))
             args = parse(pretrain, "--config", path)[2]
@@ -215,7 +215,7 @@ def test_seeds_are_different_integers(seeds, tmp_path):
 
 
 def test_an_unknown_preset_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no preset '7b'; choose from 150m, 20m"):
+    with pytest.raises(ValueError, match="no preset '7b'; choose from 150m, .*20m"):
         read_preset("7b")
     (tmp_path / "own.yaml").write_text("aneal: {}\n")
     with pytest.raises(ValueError, match="sets 'aneal'; its keys are"):
