@@ -215,7 +215,7 @@ def test_seeds_are_different_integers(seeds, tmp_path):
 
 
 def test_an_unknown_preset_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no preset '7b'; choose from 150m, .*20m"):
+    with pytest.raises(ValueError, match=r"no preset '7b'; choose from 150m, .*20m"):
         read_preset("7b")
     (tmp_path / "own.yaml").write_text("aneal: {}\n")
     with pytest.raises(ValueError, match="sets 'aneal'; its keys are"):
