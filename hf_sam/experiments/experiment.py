@@ -310,7 +310,7 @@ class Experiment:
 
     def _plan_of(self, command: str, settings: dict, plan_command: Callable[[str, dict], str]) -> str:
         # The model that a stage starts from does not exist yet; its configuration does.
-        shape = self.preset.get("model") or self.settings("anneal").get("config_name")
+        shape = settings.get("config_name") or self.preset.get("model") or self.settings("anneal").get("config_name")
         # A run of the sweep uses one device.
         devices = 1 if command == "sweep" else self.devices
         settings = {**settings, "output_dir": str(self.output), "dry_run_gpus": devices}

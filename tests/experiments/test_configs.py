@@ -281,3 +281,11 @@ def test_checkpoints_that_presets_anneal_from_are_kept():
                 last = -(-parse_tokens(settings["train_tokens"]) // tokens)
                 kept = settings["save_steps"] * (settings["save_total_limit"] - 1)
                 assert last - kept <= source[1] <= last, (file.stem, source)
+
+
+def test_each_run_is_planned_with_its_own_model(tmp_path):
+    asked = []
+    Experiment(read_preset("radius"), tmp_path, 1).plan(lambda command, settings: asked.append(settings) or "")
+    shapes = [(Path(one["config_name"]).stem, one["train_tokens"]) for one in asked if "config_name" in one]
+    assert shapes[:3] == [("toy_small", "11403264"), ("toy", "28000000"), ("toy_large", "81700000")]
+    assert [shape for shape, _ in shapes[3:]] == ["toy_small"] * 7 + ["toy"] * 7 + ["toy_large"] * 7
