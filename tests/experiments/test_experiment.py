@@ -11,10 +11,13 @@ from hf_sam.experiments.experiment import Experiment
 from hf_sam.experiments.presets import PRESETS, read_preset
 from hf_sam.experiments.stages import Chain, Stage
 
+# Its runs of the annealing are `adamw` and `adamw-equal-compute`.
+BASE = str(PRESETS.parent / "toy" / "experiment.yaml")
+
 
 def test_an_annealing_may_begin_with_an_earlier_checkpoint(tmp_path):
     runs = {"last": None, "earlier": {"from": "stable/checkpoint-8", "train_tokens": "50%"}}
-    own = {"extends": str(PRESETS / "toy.yaml"), "seeds": [3], "anneal": {"runs": runs}}
+    own = {"extends": BASE, "seeds": [3], "anneal": {"runs": runs}}
     own["pretrain"] = {"settings": {"save_steps": 4}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     experiment = Experiment(read_preset(str(tmp_path / "own.yaml")), tmp_path, 1)
@@ -52,11 +55,11 @@ def write_checkpoint(folder: Path) -> None:
         ("/checkpoint-3", "must be the name of a pretraining run or one of its checkpoints"),
         (3.5, "'3.5' is no run of pretrain, which has stable"),
         ("unstable/checkpoint-400", "is no run of pretrain, which has stable"),
-        ("stable/checkpoint-500", "will not be saved, because save_steps is 400"),
+        ("stable/checkpoint-500", "will not be saved, because save_steps is 2000"),
     ],
 )
 def test_a_checkpoint_that_will_not_be_there_is_refused(place, message, tmp_path):
-    own = {"extends": str(PRESETS / "toy.yaml"), "anneal": {"runs": {"sam": {"from": place}}}}
+    own = {"extends": BASE, "anneal": {"runs": {"sam": {"from": place}}}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     experiment = Experiment(read_preset(str(tmp_path / "own.yaml")), tmp_path, 1)
     with pytest.raises(ValueError, match=message):
@@ -67,8 +70,8 @@ def test_a_checkpoint_that_will_not_be_there_is_refused(place, message, tmp_path
 
 def stages_with_tunings(tmp_path: Path, runs: dict) -> dict:
     """The stages of a preset with two ways to anneal, one seed, and these runs of the fine-tuning."""
-    anneal = {"runs": {"adamw-shortened": None, "adamw-equal-compute": None}}
-    own = {"extends": str(PRESETS / "toy.yaml"), "seeds": [3], "anneal": anneal, "sft": {"runs": runs}}
+    anneal = {"runs": {"adamw-equal-compute": None, "sam": {"sam_rho": 0.4}}}
+    own = {"extends": BASE, "seeds": [3], "anneal": anneal, "sft": {"runs": runs}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
     chain = Chain(Experiment(read_preset(str(tmp_path / "own.yaml")), Path("out"), 1).stages(), tmp_path)
     return {name: stage for name, stage in chain.stages.items() if not name.startswith(("data", "pretrain", "anneal"))}
@@ -123,8 +126,9 @@ def test_runs_whose_files_would_be_the_same_are_refused(tmp_path):
 
 def test_runs_are_compared_in_the_groups_of_the_preset(tmp_path):
     own = {
-        "extends": str(PRESETS / "toy.yaml"),
+        "extends": BASE,
         "seeds": [3],
+        "anneal": {"runs": {"sam": {"sam_rho": 0.4}, "adamw-shortened": {"train_tokens": "2.5%"}}},
         "comparisons": {25: ["adamw", "sam"], 50: ["adamw-shortened", "adamw-equal-compute"]},
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
@@ -141,7 +145,7 @@ def test_runs_are_compared_in_the_groups_of_the_preset(tmp_path):
     assert report.needs == ("evaluate/adamw-shortened/seed-3", "evaluate/adamw-equal-compute/seed-3")
     assert stages["evaluate/sam/seed-3"].settings["output"] == "out/evaluation/25"
     for groups, message in (
-        ({25: ["adamw"]}, "'sam' is in 0."),
+        ({25: ["adamw"]}, "'adamw-equal-compute' is in 0."),
         ({25: [*own["comparisons"][25], "adamw"], 50: own["comparisons"][50]}, "'adamw' is in 2."),
         ({**own["comparisons"], 75: ["sgd"]}, "'sgd' is in 1, and is no run of anneal"),
         ({**own["comparisons"], 75: []}, "comparison 75 has no runs"),

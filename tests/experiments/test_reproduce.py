@@ -35,7 +35,7 @@ def preset(tmp_path_factory):
 
 
 def smallest_preset(path: Path, text: Path) -> Path:
-    content = yaml.safe_load((PRESETS / "toy.yaml").read_text())
+    content = yaml.safe_load((PRESETS.parent / "toy" / "experiment.yaml").read_text())
     content["data"] |= {"text_file": str(text), "problems": 64}
     model = str(PRESETS.parent / "models" / "toy.json")
     for kind in ("pretrain", "anneal"):
@@ -171,7 +171,7 @@ def test_a_stage_on_all_devices_is_launched_in_a_process_each(preset, tmp_path):
 @pytest.mark.parametrize(
     ("name", "parameters", "tokens"),
     [
-        ("toy", "139,", "3,276,800 tokens"),
+        ("toy", "56,736", "11,403,264 tokens"),
         ("20m", "59,773,184", "4,000,055,296 tokens"),
         ("olmo2-1b", "1,484,916,736", "50,000,297,984"),
     ],
@@ -182,7 +182,7 @@ def test_a_plan_is_made_without_a_network_or_a_gpu(name, parameters, tmp_path, c
     assert tokens in said
     assert parameters in said
     assert "copy for SAM" in said
-    assert "anneal/sam" in said
+    assert "anneal/adamw-equal-compute" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -193,7 +193,7 @@ def test_a_sweep_is_one_stage_a_rate_on_gpus_and_one_stage_on_the_cpu(tmp_path):
         assert sum(stage.name.startswith("sft/") for stage in stages) == 27
         evaluated = next(stage for stage in stages if stage.name == "evaluate/sam")
         assert len(evaluated.needs) == 9
-        toy = Experiment(read_preset("toy"), tmp_path, devices).stages()
+        toy = Experiment({**read_preset("toy"), "seeds": [1]}, tmp_path, devices).stages()
         assert sum(stage.name.startswith("sft/") for stage in toy) == 4
 
 
@@ -248,9 +248,9 @@ def test_a_launcher_is_for_single_stages(monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_is_evaluated_on_the_examples_that_its_own_sweep_held_out(tmp_path):
-    stages = {stage.name: stage for stage in Experiment(read_preset("toy"), tmp_path, 1).stages()}
+    stages = {stage.name: stage for stage in Experiment(read_preset("olmo2-1b"), tmp_path, 1).stages()}
     assert stages["evaluate/sam"].settings["task_data"] == [f"task={tmp_path}/sft/sam/held_out.jsonl"]
-    assert stages["evaluate/sam"].needs == ("sft/sam",)
+    assert stages["evaluate/sam"].needs[0].startswith("sft/sam/")
 
 
 def test_gpus_are_asked_for_only_by_presets_that_need_them(monkeypatch):
