@@ -120,7 +120,7 @@ def run_stage(chain: Chain, stage: Stage, preset: dict, devices: int, argv: list
     """
     if is_launched():
         end_with_launcher()
-    elif stage.wide:
+    elif stage.wide and preset.get("device") != "cpu":
         with chain.lock(stage):  # processes of a launcher that was killed may still have it
             if chain.is_finished(stage):
                 return 0

@@ -112,7 +112,7 @@ class _Driver:
     def _environment(self, devices: list[str]) -> dict[str, str]:
         if all(devices):
             return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(devices)}
-        threads = max(1, (os.cpu_count() or 1) // len(self._devices))  # the stages share the processors
+        threads = max(1, (os.cpu_count() or 1) * len(devices) // len(self._devices))  # the stages share the processors
         return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 

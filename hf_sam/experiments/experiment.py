@@ -240,7 +240,9 @@ class Experiment:
                 )
             return {"anneal_from": found}
 
-        wide = self.devices > 1 and not self.on_cpu
+        # A CPU is shared by stages, but while the only pretraining runs, no other stage does.
+        alone = kind == "pretrain" and len(self.with_seeds("pretrain")) == 1
+        wide = self.devices > 1 and (alone or not self.on_cpu)
         return Stage(f"{kind}/{run.place}", "pretrain", settings, needs, wide, checkpoint_of_source)
 
     def _sweep(self, base: Run, tuning: str) -> list[Stage]:

@@ -171,7 +171,7 @@ def test_a_stage_on_all_devices_is_launched_in_a_process_each(preset, tmp_path):
 @pytest.mark.parametrize(
     ("name", "parameters", "tokens"),
     [
-        ("toy", "56,736", "11,403,264 tokens"),
+        ("toy", "86,336", "12,951,552 tokens"),
         ("20m", "59,773,184", "4,000,055,296 tokens"),
         ("olmo2-1b", "1,484,916,736", "50,000,297,984"),
     ],

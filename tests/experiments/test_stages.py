@@ -81,12 +81,13 @@ def test_stages_share_the_devices_and_wide_ones_take_all(tmp_path):
         assert found["all"][0] >= found[other][1] or found["all"][1] <= found[other][0]
 
 
-def test_stages_on_the_cpu_share_its_threads(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("wide", "threads"), [(False, "3"), (True, "6")])
+def test_stages_on_the_cpu_share_its_threads(tmp_path, monkeypatch, wide, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     body = "import os; (folder / 'threads').write_text(os.environ['OMP_NUM_THREADS'])"
-    drive(tmp_path, [Program("a", body=body)], devices=("", ""))
-    assert (tmp_path / "threads").read_text() == "3"
+    drive(tmp_path, [Program("a", body=body, wide=wide)], devices=("", ""))
+    assert (tmp_path / "threads").read_text() == threads
 
 
 def test_what_fails_is_reported_and_leaves_the_others_running(tmp_path):
