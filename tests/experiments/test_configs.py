@@ -199,17 +199,24 @@ def test_with_seeds_each_run_has_its_own_pretraining_data_order_sweep_and_evalua
     }
 
 
-def test_presets_that_share_a_folder_share_their_runs(tmp_path):
+@pytest.mark.parametrize(
+    ("names", "common"),
+    [
+        (("toy-interval", "toy-cost"), ["adamw", "sam", "sam-every-10", "sam-every-10-quarter"]),
+        (("overtrained", "sam-in-sft"), ["adamw", "momentum-noise"]),
+    ],
+)
+def test_presets_that_share_a_folder_share_their_runs(tmp_path, names, common):
     chains = [
-        {stage.name: stage for stage in Experiment(read_preset(name), tmp_path, 1).stages()}
-        for name in ("toy-interval", "toy-cost")
+        {stage.name: stage for stage in Experiment({**read_preset(name), "seeds": [4]}, tmp_path, 1).stages()}
+        for name in names
     ]
     shared = chains[0].keys() & chains[1].keys()
-    assert {f"anneal/{name}" for name in ("adamw", "sam", "sam-every-10", "sam-every-10-quarter")} < shared
+    assert {"data", "pretrain/stable/seed-4", *(f"anneal/{name}/seed-4" for name in common)} <= shared
     different = {name for name in shared if chains[0][name].settings != chains[1][name].settings}
-    assert different == {"report"}
-    assert chains[0]["report"].replaceable
-    assert not any(stage.replaceable for name, stage in chains[0].items() if name != "report")
+    assert different <= {"report"}
+    for chain in chains:
+        assert all(stage.replaceable == name.startswith("report") for name, stage in chain.items())
 
 
 @pytest.mark.parametrize("seeds", [[1, 1], [-1], 3, ["one"], [1.5], [True]])
