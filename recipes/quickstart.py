@@ -1,4 +1,4 @@
-"""The quickstart: the preset `toy` of `hf-sam reproduce`, on two CPU cores in about 10 minutes.
+"""The quickstart: the preset `toy` of `hf-sam reproduce`, on two CPU cores in about 6 minutes.
 
 python recipes/quickstart.py
 """

@@ -1,6 +1,6 @@
 """A whole experiment in one command: pretrain, anneal, fine-tune over a sweep, quantize, compare (`hf-sam reproduce`).
 
-python recipes/reproduce.py --preset toy            # two CPU cores, about 10 minutes, real text
+python recipes/reproduce.py --preset toy            # two CPU cores, about 6 minutes, real text
 python recipes/reproduce.py --preset olmo2-1b       # a node of GPUs: the paper's headline
 python recipes/reproduce.py --preset 20m --dry_run  # what it needs
 """

@@ -116,6 +116,20 @@ def numbers_of(name: str) -> dict:
     return json.loads((ROOT / "recipes" / "results" / name / "summary.json").read_text(encoding="utf-8"))
 
 
+def test_the_quickstart_is_its_report():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    report = (ROOT / "recipes" / "results" / "toy" / "report.md").read_text(encoding="utf-8")
+    found = table_that_begins(readme, "| run    ")
+    assert found == table_that_begins(report[report.index("## All runs") :], "| run")
+    assert len(found) == 1 + len(read_preset("toy")["anneal"]["runs"])
+    run = numbers_of("toy")["runs"]["momentum-noise"]
+    text = " ".join(readme.split())
+    assert "forgets {value:.0f}% less at equal task loss, and loses".format(**run["fine-tuned"]["reduction"]) in text
+    for scheme, bits in (("nf4", 4), ("rtn3", 3)):
+        assert "{value:.0f}% less to {bits} bits".format(**run["quantized"][scheme]["reduction"], bits=bits) in text
+    assert "it ends {value:.3f} nats higher on the mean".format(**run["fine-tuned"]["loss difference"]) in text
+
+
 def test_the_figures_of_the_readme_are_those_of_the_reports():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     run = numbers_of("toy-cost")["runs"]["momentum-noise"]
