@@ -5,13 +5,17 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, Features, List, Value
+from toy import olmo2
 from toy_trl import tokenizer
+from transformers import TrainerCallback
 
 from hf_sam.pretraining import PackedRows
 from hf_sam.pretraining.arguments import DataArguments, PretrainingArguments
 from hf_sam.pretraining.data import training_data
 from hf_sam.pretraining.repetition import MAX_PERIOD, REPETITIONS, is_repetitive
+from hf_sam.pretraining.trainer import PretrainingTrainer
 
 
 def found_place_by_place(tokens: list[int]) -> bool:
@@ -84,3 +88,32 @@ def test_the_flag_reaches_the_rows_and_leaves_their_order(tmp_path, streaming):
     assert left_out(masked) == [found_place_by_place(tokens_in(row)) for row in plain]
     assert not any(left_out(plain))
     assert len(set(left_out(masked))) == 2
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+def test_a_step_without_any_label_leaves_finite_weights(tmp_path, sam_rho):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "w1 " * 2000}) + "\n")
+    args = PretrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        sequence_length=64,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        z_loss=1e-4,
+        sam_rho=sam_rho,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    data = training_data(DataArguments(datasets=[str(path)], mask_repetitive_rows=True), args, tokenizer())
+    assert all(left_out(data.dataset[i] for i in range(4, 8)))  # the second step
+    model, after_steps = olmo2(), []
+
+    class Weights(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            after_steps.append([param.detach().clone() for param in model.parameters()])
+
+    PretrainingTrainer(model=model, args=args, data=data, callbacks=[Weights()]).train()
+    assert all(torch.isfinite(param).all() for weights in after_steps for param in weights)
